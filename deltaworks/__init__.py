@@ -1,0 +1,1 @@
+"""Deltaworks fine-tunes a model by changing less of it."""
