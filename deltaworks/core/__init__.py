@@ -1,0 +1,1 @@
+"""Attaching changes to models: parts, grafts, methods, rules, the registry."""

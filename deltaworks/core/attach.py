@@ -1,0 +1,462 @@
+"""Attach, switch, merge, detach.
+
+The state of a model, which adapters it has, which act, what the base's flags were, is one plain object on the model;
+the parts hang at their modules. Everything is found by path, so a copied or unpickled model is as good as the first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..model.anatomy import Anatomy, Site, describe
+from ..model.weights import Weight, consumes, is_quantised
+from .graft import Graft, Switchboard, graft, graft_of, ungraft
+from .method import Batches, Method, Placed, label
+from .part import Delta, Part, Shared, Trained
+
+if TYPE_CHECKING:
+    from .tuned import Tuned
+
+
+@dataclass
+class Adapter:
+    """One adapter's record: its method, its parts' places in order, and the modules they borrow from."""
+
+    method: Method
+    places: list[tuple[str, str]]
+    shared: dict[str, Shared] = field(default_factory=dict)
+
+
+@dataclass
+class State:
+    """Everything Deltaworks knows of a model beside the parts themselves."""
+
+    board: Switchboard = field(default_factory=Switchboard)
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    flags: dict[str, bool] = field(default_factory=dict)
+
+
+def find_state(model: nn.Module) -> State | None:
+    """The model's state, None when nothing was ever attached."""
+    return model.__dict__.get("_deltaworks")
+
+
+def state_of(model: nn.Module) -> State:
+    """The model's state.
+
+    Raises:
+        ValueError: when nothing is attached.
+    """
+    state = find_state(model)
+    if state is None:
+        raise ValueError(f"{type(model).__name__} has no adapter; attach one with dw.attach(model, dw.LoRA())")
+    return state
+
+
+def named_parts(model: nn.Module, name: str) -> Iterator[tuple[str, Part]]:
+    """`<module path>.<label>` and part of an adapter, in order of attachment."""
+    for path, tag in state_of(model).adapters[_known(model, name)].places:
+        found = graft_of(model.get_submodule(path))
+        assert found is not None
+        part = found.get_submodule(name).get_submodule(tag)
+        assert isinstance(part, Part)
+        yield (f"{path}.{tag}" if path else tag), part
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    *,
+    name: str = "default",
+    data: Batches | None = None,
+    also: object = None,
+    seed: int | None = None,
+) -> Tuned:
+    """Put a method's parts into a model, in place, and freeze the rest.
+
+    Args:
+        model: any module; a Hugging Face model can be addressed by role.
+        method: what to attach, for example `LoRA(rank=16)`.
+        name: the adapter's name; a model can hold several, the new one acts together with those active.
+        data: for methods that measure first, batches as the model is called (dictionaries of tensors).
+        also: sites (as `on=`) whose own parameters are trained and saved as well, such as a new classification head.
+        seed: fixes the initial values; None takes the global generator as it is.
+
+    Returns:
+        A handle on the adapter.
+
+    Raises:
+        ValueError: when the name is taken or unfit, nothing matches, or data is missing. The model is then unchanged.
+    """
+    state = find_state(model) or State()
+    _check_name(name, state)
+    if state.board.merged:
+        raise ValueError(f"{', '.join(state.board.merged)} is merged into the base; call dw.unmerge(model) first")
+    base = describe(model)
+    measured = None
+    if method.needs_data:
+        if data is None:
+            raise ValueError(f"{method.slug} measures the model before it attaches; give batches: attach(..., data=batches)")
+        measured = method.measure(base, data)
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        shared = method.shared(base)
+        placed = list(method.parts(base, shared, measured))
+    if also is not None:
+        placed += list(unfreeze(base, also))
+    if not placed:
+        raise ValueError(f"{method.slug} found nothing to change in {type(model).__name__} (on={getattr(method, 'on', None)!r})")
+    return install(model, method, placed, shared, name=name)
+
+
+def unfreeze(base: Anatomy, on: object) -> Iterator[Placed]:
+    """Parts that train the base's own parameters at some sites."""
+    for site in base.select(on, what="module"):
+        module = base.model.get_submodule(site.path)
+        for parameter in module._parameters:
+            if module._parameters[parameter] is not None:
+                own = Site(path=site.path, role=site.role, kind=site.kind, parameter=parameter, block=site.block)
+                yield Placed(own, Trained(), f"trained_{parameter}")
+        for path, child in module.named_modules():
+            if path and "deltaworks" not in path.split("."):
+                for parameter in child._parameters:
+                    if child._parameters[parameter] is not None:
+                        full = f"{site.path}.{path}" if site.path else path
+                        own = Site(path=full, role=site.role, kind=site.kind, parameter=parameter, block=site.block)
+                        yield Placed(own, Trained(), f"trained_{parameter}")
+
+
+def install(
+    model: nn.Module, method: Method, placed: Sequence[Placed], shared: dict[str, Shared], *, name: str = "default"
+) -> Tuned:
+    """Hang finished parts into a model; `attach` and `load` end here."""
+    from .tuned import Tuned
+
+    state = find_state(model) or State()
+    _check_name(name, state)
+    for item in placed:
+        module = model.get_submodule(item.site.path)
+        stored = module._parameters.get(item.site.parameter) if item.site.parameter else None
+        if isinstance(item.part, Trained) and stored is not None and (is_quantised(stored) or not stored.is_floating_point()):
+            raise ValueError(
+                f"{item.site.path}.{item.site.parameter} is quantised and cannot be trained itself; "
+                "load the base unquantised, or take a method that adds to it, such as lora"
+            )
+    if not state.adapters:
+        state.flags = {path: parameter.requires_grad for path, parameter in model.named_parameters()}
+        model.requires_grad_(False)
+        model.__dict__["_deltaworks"] = state
+    places = []
+    for item in placed:
+        module = model.get_submodule(item.site.path)
+        _home(item.part, module, item.site)
+        item.part.site = item.site
+        uncalled = [item.site.parameter] if not item.site.called and item.site.parameter else []
+        graft(module, state.board, uncalled).add(name, item.label, item.part)
+        item.part.train(module.training)
+        places.append((item.site.path, item.label))
+        if isinstance(item.part, Trained):
+            parameter = module.get_parameter(item.site.parameter or "weight")
+            item.part.enter(parameter)
+            parameter.requires_grad_(True)
+    state.adapters[name] = Adapter(method, places, shared)
+    state.board.active = (*state.board.active, name)
+    return Tuned(model, name)
+
+
+def _home(part: Part, module: nn.Module, site: Site) -> None:
+    """Move a part to its module's device; trainable tensors in at least float32, as optimizers need."""
+    own = module._parameters.get(site.parameter) if site.parameter else None
+    like = own if own is not None else next(iter(module.parameters()), None)
+    if like is None:
+        return
+    part.to(device=like.device)
+    wanted = torch.float64 if like.dtype == torch.float64 else torch.float32
+    for child in part.modules():
+        for tensor in (*child._parameters.values(), *child._buffers.values()):
+            if tensor is not None and tensor.is_floating_point() and tensor.dtype != wanted:
+                tensor.data = tensor.data.to(wanted)
+
+
+def _check_name(name: str, state: State) -> None:
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) or hasattr(nn.Module, name) or name in ("board", "backup"):
+        raise ValueError(f"an adapter cannot be called {name!r}; take letters, digits, - and _, beginning with a letter")
+    if name in state.adapters:
+        raise ValueError(f"the model already has an adapter {name!r}; detach it first or give another name")
+
+
+def _known(model: nn.Module, name: str) -> str:
+    adapters = state_of(model).adapters
+    if name not in adapters:
+        raise ValueError(f"the model has no adapter {name!r}; it has {', '.join(adapters)}")
+    return name
+
+
+def tuned(model: nn.Module, name: str | None = None) -> Tuned:
+    """The handle of an adapter (of the last one attached, without a name)."""
+    from .tuned import Tuned
+
+    return Tuned(model, _known(model, name) if name is not None else list(state_of(model).adapters)[-1])
+
+
+def activate(model: nn.Module, names: str | Sequence[str] | None) -> None:
+    """Switch: let these adapters act, in this order (their changes add up); None or an empty list for none."""
+    state = state_of(model)
+    chosen = () if names is None else (names,) if isinstance(names, str) else tuple(names)
+    for name in chosen:
+        _known(model, name)
+    if state.board.merged:
+        raise ValueError(f"{', '.join(state.board.merged)} is merged into the base; call dw.unmerge(model) first")
+    for name in state.board.active:
+        if name not in chosen:
+            _trained(model, name, enter=False)
+    for name in chosen:
+        if name not in state.board.active:
+            _trained(model, name, enter=True)
+    state.board.active = chosen
+
+
+def _trained(model: nn.Module, name: str, *, enter: bool) -> None:
+    for _, part in named_parts(model, name):
+        if isinstance(part, Trained):
+            parameter = model.get_submodule(part.site.path).get_parameter(part.site.parameter or "weight")
+            (part.enter if enter else part.leave)(parameter)
+
+
+@contextlib.contextmanager
+def disable(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block the model is its base, bit for bit."""
+    state = find_state(model)
+    if state is None or not state.board.enabled:
+        yield model
+        return
+    merged = state.board.merged
+    if merged:
+        unmerge(model)
+    state.board.enabled = False
+    for name in state.board.active:
+        _trained(model, name, enter=False)
+    try:
+        yield model
+    finally:
+        state.board.enabled = True
+        for name in state.board.active:
+            _trained(model, name, enter=True)
+        if merged:
+            merge(model)
+
+
+@contextlib.contextmanager
+def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
+    """Within the block every example of the batch has its own adapter (None: the base).
+
+    Raises:
+        ValueError: for an unknown adapter, or one that trains the base's own parameters.
+    """
+    state = state_of(model)
+    for name in dict.fromkeys(names):
+        if name is not None and any(isinstance(part, Trained) for _, part in named_parts(model, name)):
+            raise ValueError(f"adapter {name!r} replaces parameters of the base and cannot be chosen per example")
+    before, active = state.board.routing, state.board.active
+    activate(model, [])
+    state.board.routing = tuple(names)
+    try:
+        yield model
+    finally:
+        state.board.routing = before
+        activate(model, active)
+
+
+def freeze(model: nn.Module, name: str) -> None:
+    """Stop training an adapter; it goes on acting."""
+    for _, part in named_parts(model, name):
+        _flags(model, part, False)
+
+
+def unfreeze_adapter(model: nn.Module, name: str) -> None:
+    """Train an adapter again: exactly the tensors its method trains."""
+    for _, part in named_parts(model, name):
+        _flags(model, part, True)
+
+
+def _flags(model: nn.Module, part: Part, train: bool) -> None:
+    if isinstance(part, Trained):
+        model.get_submodule(part.site.path).get_parameter(part.site.parameter or "weight").requires_grad_(train)
+        return
+    for parameter in part.parameters():
+        if not train:
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+                parameter._deltaworks_frozen = True  # type: ignore[attr-defined]
+        elif getattr(parameter, "_deltaworks_frozen", False):
+            parameter.requires_grad_(True)
+            del parameter._deltaworks_frozen  # type: ignore[attr-defined]
+
+
+def merge(model: nn.Module, *, untie: bool = False) -> nn.Module:
+    """Fold the active adapters into the base's parameters; `unmerge` gives the parameters back bit for bit.
+
+    Args:
+        untie: give a tied parameter (embedding and head in one) a copy of its own where only one side was adapted.
+
+    Raises:
+        ValueError: when a method cannot be folded, or a weight is quantised or tied. The model is then unchanged.
+    """
+    state = state_of(model)
+    if state.board.merged:
+        return model
+    if state.board.routing is not None:
+        raise ValueError("adapters chosen per example cannot be merged; leave the route(...) block first")
+    changes = _changes(model, state, untie)
+    with torch.no_grad():
+        for path, parameter, deltas in changes:
+            module = model.get_submodule(path)
+            found = graft_of(module)
+            assert found is not None
+            stored = module._parameters[parameter]
+            if parameter not in found.backup:
+                found.backup[parameter] = stored
+            module._parameters[parameter] = _merged(module, parameter, stored, deltas)
+    state.board.merged = state.board.active
+    return model
+
+
+def _changes(model: nn.Module, state: State, untie: bool) -> list[tuple[str, str, list[Delta]]]:
+    """What merging would write: module path, parameter, deltas in order; all refusals happen here."""
+    by_place: dict[tuple[str, str], list[Delta]] = {}
+    shares: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                shares[id(parameter)] = shares.get(id(parameter), 0) + 1
+    for name in state.board.active:
+        method = state.adapters[name].method
+        for full, part in named_parts(model, name):
+            if isinstance(part, Trained):
+                continue
+            if not part.mergeable or not isinstance(part, Delta) or not method.mergeable:
+                raise ValueError(
+                    f"{method.slug} cannot be merged: {type(part).__name__} at {full} is not a change of a weight; "
+                    "keep the adapter beside the base"
+                )
+            module = model.get_submodule(part.site.path)
+            stored = module._parameters.get(part.site.parameter or "weight")
+            if stored is not None and is_quantised(stored):
+                raise ValueError(
+                    f"{part.site.path} is quantised and cannot take a merged change; load the base unquantised to merge"
+                )
+            if stored is not None and shares[id(stored)] > 1 and not untie:
+                raise ValueError(
+                    f"{part.site.path}.{part.site.parameter} is tied to another module, which merging would change as "
+                    "well; merge(model, untie=True) gives it a copy of its own"
+                )
+            by_place.setdefault((part.site.path, part.site.parameter or "weight"), []).append(part)
+    folding_bias = {
+        path
+        for (path, parameter), deltas in by_place.items()
+        if parameter == "weight" and any(type(delta).fold_bias is not Delta.fold_bias for delta in deltas)
+    }
+    changes = [(path, parameter, deltas) for (path, parameter), deltas in by_place.items()]
+    for path in folding_bias:
+        if (path, "bias") not in by_place and model.get_submodule(path)._parameters.get("bias") is not None:
+            changes.append((path, "bias", by_place[path, "weight"]))
+    return changes
+
+
+def _merged(
+    module: nn.Module, parameter: str, stored: torch.Tensor | None, deltas: Sequence[Delta]
+) -> nn.Parameter | None:
+    """The parameter with the deltas folded in, in at least float32 and rounded once."""
+    view = Weight(module, parameter)
+    if stored is None:
+        like = next(module.parameters())
+        value = torch.zeros(view.full_shape, dtype=torch.float32, device=like.device)
+        target = like.dtype
+    else:
+        value = view.canonical(stored.detach())
+        target = stored.dtype
+    value = value.to(torch.promote_types(value.dtype, torch.float32))
+    for delta in deltas:
+        if delta.site.parameter != parameter:
+            folded = delta.fold_bias(value)
+            value = value if folded is None else folded
+            continue
+        part = Weight(module, parameter, delta.site.rows)
+        dim = -2 if value.dim() > 1 else 0
+        if delta.site.rows is None:
+            value = delta.fold(value)
+        else:
+            value = part.replaced(delta.fold(value.index_select(dim, part.index())), value)
+    new = view.layout(value).to(target).contiguous()
+    return nn.Parameter(new, requires_grad=False)
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Give the base its own parameters back, bit for bit; the adapters act beside it again."""
+    state = state_of(model)
+    for module in model.modules():
+        found = graft_of(module)
+        if found is not None:
+            for parameter, stored in found.backup.items():
+                module._parameters[parameter] = stored  # type: ignore[assignment]
+            found.backup.clear()
+    state.board.merged = ()
+    return model
+
+
+def detach(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Take an adapter (or all) out; with the last one gone the model is the base, bit for bit, flags and classes too."""
+    state = find_state(model)
+    if state is None:
+        return model
+    names = list(state.adapters) if name is None else [_known(model, name)]
+    if state.board.merged:
+        unmerge(model)
+    for one in names:
+        if one in state.board.active:
+            _trained(model, one, enter=False)
+        for path, _ in state.adapters[one].places:
+            module = model.get_submodule(path)
+            found = graft_of(module)
+            if found is not None and one in found._modules:
+                del found._modules[one]
+                if not found._modules:
+                    ungraft(module)
+        del state.adapters[one]
+        state.board.active = tuple(other for other in state.board.active if other != one)
+    if not state.adapters:
+        for path, parameter in model.named_parameters():
+            if path in state.flags:
+                parameter.requires_grad_(state.flags[path])
+        del model.__dict__["_deltaworks"]
+    return model
+
+
+def bake(model: nn.Module, *, untie: bool = False) -> nn.Module:
+    """Merge for good: the changes stay in the parameters, every trace of the adapters goes."""
+    state = state_of(model)
+    merge(model, untie=untie)
+    for module in list(model.modules()):
+        found = graft_of(module)
+        if found is not None:
+            found.backup.clear()
+            for parts in found.children():
+                for part in parts.children():
+                    if isinstance(part, Trained):
+                        part.pristine = None
+            ungraft(module)
+    for path, parameter in model.named_parameters():
+        parameter.requires_grad_(state.flags.get(path, True))
+    del model.__dict__["_deltaworks"]
+    return model
+
+
+__all__ = ["Graft", "activate", "attach", "bake", "consumes", "detach", "disable", "label", "merge", "route", "unmerge"]

@@ -1,0 +1,344 @@
+"""How a change enters a model: the layer's class is swapped for a subclass made on the fly.
+
+The layer keeps its parameters, their names and its place; its parts hang below it as the child `deltaworks`, so device
+moves, `state_dict`, deepcopy, gradient checkpointing, compilation and sharding see ordinary modules. Undoing is setting
+the class back. There is no hook, so nothing is lost when a model is copied, and no wrapper, so `isinstance`, class
+names and attribute access are those of the base.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.weights import Weight, consumes, dequantised
+from .operators.effective import effective_linear
+from .part import Delta, Module, Part, Trained, Wrapper
+
+
+class Switchboard:
+    """Which adapters act, shared by every graft of a model.
+
+    Attributes:
+        active: names of the adapters that act, in order of application.
+        enabled: False inside `disable`.
+        merged: names of the adapters that are folded into the base at present.
+        routing: for each example of the batch the adapter that acts on it (None: the base), or None for no routing.
+    """
+
+    def __init__(self) -> None:
+        self.active: tuple[str, ...] = ()
+        self.enabled = True
+        self.merged: tuple[str, ...] = ()
+        self.routing: tuple[str | None, ...] | None = None
+
+
+class Graft(nn.Module):
+    """The parts at one module: child `<adapter>.<label>` for each."""
+
+    board: Switchboard
+    backup: dict[str, Tensor | None]
+
+    def __init__(self, board: Switchboard) -> None:
+        super().__init__()
+        self.board = board
+        self.backup = {}  # parameters as they were before merging
+
+    def add(self, adapter: str, label: str, part: Part) -> None:
+        """Hang a part of an adapter here."""
+        if adapter not in self._modules:
+            self.add_module(adapter, nn.Module())
+        self.get_submodule(adapter).add_module(label, part)
+
+    def parts(self, adapter: str) -> list[Part]:
+        """The parts of an adapter at this module, in the order they were added."""
+        slot = self._modules.get(adapter)
+        return [part for part in slot.children() if isinstance(part, Part)] if slot is not None else []
+
+    def acting(self, names: Sequence[str]) -> list[Part]:
+        """The parts that change the call, over several adapters."""
+        merged = self.board.merged
+        parts: list[Part] = []
+        for name in names:
+            if name not in merged:
+                parts += [part for part in self.parts(name) if not isinstance(part, Trained)]
+        return parts
+
+    def run(self, layer: nn.Module, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The layer's output with whatever acts at present."""
+        board = self.board
+        if not board.enabled:
+            return call(*args, **kwargs)
+        if board.routing is not None:
+            return self._routed(layer, call, args, kwargs, board.routing)
+        parts = self.acting(board.active)
+        return self._through(layer, call, args, kwargs, parts) if parts else call(*args, **kwargs)
+
+    def _through(
+        self, layer: nn.Module, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], parts: list[Part]
+    ) -> Any:
+        deltas = [part for part in parts if isinstance(part, Delta)]
+        modules = [part for part in parts if isinstance(part, Module)]
+        inner = call
+        if deltas:
+            inner = functools.partial(_weighted, layer, call, deltas)
+        for part in parts:
+            if isinstance(part, Wrapper):
+                inner = functools.partial(part.around, inner)
+        if not modules:
+            return inner(*args, **kwargs)
+        original, place = _input(args, kwargs)
+        x = original
+        for module in modules:
+            x = module.input(x)
+        args, kwargs = place(x)
+        result = inner(*args, **kwargs)
+        y, rebuild = _output(result)
+        for module in modules:
+            y = module.output(y, original)
+        return rebuild(y)
+
+    def _routed(
+        self,
+        layer: nn.Module,
+        call: Callable[..., Any],
+        args: tuple,
+        kwargs: dict[str, Any],
+        routing: tuple[str | None, ...],
+    ) -> Any:
+        names = [name for name in dict.fromkeys(routing) if name is not None]
+        chosen = {name: self.acting([name]) for name in names}
+        if not any(chosen.values()):
+            return call(*args, **kwargs)
+        if any(isinstance(part, Wrapper) for parts in chosen.values() for part in parts):
+            raise ValueError(
+                "per-example adapters cannot hold prompts or side networks, which change the whole batch; "
+                "run such an adapter in a batch of its own"
+            )
+        x, place = _input(args, kwargs)
+        if x.shape[0] != len(routing):
+            raise ValueError(
+                f"the batch has {x.shape[0]} rows at {type(layer).__name__}, the routing {len(routing)}; "
+                "give one adapter name per example (fused experts cannot be routed, they see tokens without examples)"
+            )
+        result = call(*args, **kwargs)
+        y, rebuild = _output(result)
+        y = y.clone()
+        for name, parts in chosen.items():
+            rows = torch.tensor([i for i, n in enumerate(routing) if n == name], device=x.device)
+            deltas = [part for part in parts if isinstance(part, Delta)]
+            part_x = x.index_select(0, rows)
+            if deltas:
+                part_args, part_kwargs = place(part_x)
+                own = _weighted(layer, call, deltas, *part_args, **part_kwargs)
+            else:
+                own = y.index_select(0, rows)
+            for part in parts:
+                if isinstance(part, Module):
+                    changed = part.input(part_x)
+                    if changed is not part_x:
+                        part_args, part_kwargs = place(changed)
+                        own = _output(call(*part_args, **part_kwargs))[0]
+                    own = part.output(own, part_x)
+            y = y.index_copy(0, rows, own.to(y.dtype))
+        return rebuild(y)
+
+    def weight(self, layer: nn.Module, parameter: str) -> Tensor | None:
+        """A parameter with the active deltas folded in, in storage layout: what code that reads the weight gets."""
+        stored = layer._parameters[parameter]
+        board = self.board
+        deltas = [
+            part
+            for part in (self.acting(board.active) if board.enabled else [])
+            if isinstance(part, Delta) and part.site.parameter == parameter
+        ]
+        return _folded(layer, parameter, deltas) if deltas else stored
+
+
+def _input(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Callable[[Tensor], tuple[tuple, dict[str, Any]]]]:
+    """The activations a call receives, and how to call with others in their place."""
+    if args and isinstance(args[0], Tensor):
+        return args[0], lambda x: ((x, *args[1:]), kwargs)
+    for name in ("hidden_states", "input", "x", *kwargs):
+        if isinstance(kwargs.get(name), Tensor):
+            return kwargs[name], lambda x: (args, {**kwargs, name: x})
+    raise ValueError("a module was adapted that is called without any tensor; name a site that receives activations")
+
+
+def _output(result: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """The activations a call gives (the first of a tuple), and how to give others in their place."""
+    if isinstance(result, Tensor):
+        return result, lambda y: y
+    if isinstance(result, (tuple, list)):
+        return result[0], lambda y: type(result)((y, *result[1:]))
+    if hasattr(result, "last_hidden_state"):
+
+        def rebuild(y: Tensor) -> Any:
+            result["last_hidden_state"] = y
+            return result
+
+        return result["last_hidden_state"], rebuild
+    raise ValueError(f"a module was adapted that gives {type(result).__name__}; a tensor or a tuple can be changed")
+
+
+def _weighted(layer: nn.Module, call: Callable[..., Any], deltas: list[Delta], *args: Any, **kwargs: Any) -> Any:
+    """The layer's output under its deltas: the side path where it is lean, the effective weight elsewhere."""
+    kind = consumes(layer)
+    if kind == "linear" and len(args) + len(kwargs) == 1 and all(d.site.parameter in ("weight", "bias") for d in deltas):
+        return _linear(layer, call, deltas, args[0] if args else next(iter(kwargs.values())))
+    if kind != "other" and len(args) == 1 and not kwargs:
+        special = {"embedding": "look_up", "convolution": "convolve"}[kind]
+        ready = [d for d in deltas if d.site.parameter == "weight" and d.site.rows is None and hasattr(d, special)]
+        if len(ready) == len(deltas):
+            y = call(*args)
+            for delta in deltas:
+                y = y + getattr(delta, special)(args[0], layer).to(y.dtype)
+            return y
+    parameters = dict.fromkeys(delta.site.parameter for delta in deltas)
+    effective = {
+        name: _folded(layer, name, [delta for delta in deltas if delta.site.parameter == name]) for name in parameters
+    }
+    # An instance attribute hides the registered parameter of the same name, for the time of this call only.
+    layer.__dict__.update(effective)
+    try:
+        return call(*args, **kwargs)
+    finally:
+        for name in effective:
+            del layer.__dict__[name]
+
+
+def _folded(layer: nn.Module, parameter: str, deltas: Sequence[Delta]) -> Tensor | None:
+    """A parameter in storage layout with deltas folded in, one after the other."""
+    view = Weight(layer, parameter)
+    if view.stored is None:
+        value: Tensor | None = None
+        for delta in deltas:
+            value = delta.dense() if value is None else value + delta.dense()
+        return value
+    whole = view.canonical(dequantised(layer, view.stored))
+    for delta in deltas:
+        rows = delta.site.rows
+        if rows is None:
+            whole = delta.fold(whole)
+        else:
+            part = Weight(layer, parameter, rows)
+            dim = -2 if whole.dim() > 1 else 0
+            whole = part.replaced(delta.fold(whole.index_select(dim, part.index())), whole)
+    return view.layout(whole)
+
+
+def _linear(layer: nn.Module, call: Callable[..., Any], deltas: list[Delta], x: Tensor) -> Tensor:
+    stored = layer._parameters["weight"]
+    weight = Weight(layer)
+    changes = [delta for delta in deltas if delta.site.parameter == "weight"]
+    tokens = x.numel() // max(x.shape[-1], 1)
+    # Side paths add up; a delta that is a function of the weight may use its own only when it is alone.
+    alone = len(changes) == 1
+    sides = [d for d in changes if d.lean and (d.additive or alone) and d.prefers_side(tokens, weight)]
+    if len(sides) < len(changes) and any(not delta.additive for delta in changes):
+        sides = []
+    folds = [delta for delta in changes if delta not in sides]
+    y: Tensor | None = None
+    if folds:
+        y = effective_linear(x, layer, folds)
+    elif alone and sides[0].site.rows is None and type(stored) is nn.Parameter and not stored.requires_grad:
+        bias = layer._parameters["bias"] if "bias" in layer._parameters else None
+        if not (bias is not None and bias.requires_grad):
+            y = sides[0].with_base(x, weight.canonical(stored), bias)
+            if y is not None:
+                sides = []
+    if y is None:
+        y = call(x)
+    for delta in sides:
+        y = _beside(delta, x, y, layer)
+    for delta in deltas:
+        if delta.site.parameter == "bias":
+            y = y + _spread(delta, delta.dense(), y).to(y.dtype)
+    return y
+
+
+def _beside(delta: Delta, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
+    rows = delta.site.rows
+    if rows is None:
+        return delta.act(x, y, Weight(layer))
+    weight = Weight(layer, "weight", rows)
+    if delta.additive:
+        return y.index_add(-1, weight.index(), delta.side(x).to(y.dtype))
+    part = delta.act(x, y.index_select(-1, weight.index()), weight)
+    return y.index_copy(-1, weight.index(), part.to(y.dtype))
+
+
+def _spread(delta: Delta, vector: Tensor, y: Tensor) -> Tensor:
+    rows = delta.site.rows
+    if rows is None:
+        return vector
+    index = torch.tensor(list(rows), device=y.device)
+    return torch.zeros(y.shape[-1], device=y.device, dtype=vector.dtype).index_copy(0, index, vector)
+
+
+_SWAPPED: dict[tuple[type, tuple[str, ...]], type] = {}
+
+
+def swapped(base: type, parameters: tuple[str, ...] = ()) -> type:
+    """The subclass of `base` whose calls go through its graft.
+
+    `parameters` are those that other code reads without calling the layer; they become properties that give the
+    effective weight.
+    """
+    if (base, parameters) in _SWAPPED:
+        return _SWAPPED[base, parameters]
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._modules["deltaworks"].run(self, functools.partial(base.forward, self), args, kwargs)  # type: ignore[attr-defined]
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        return _revive, (base, parameters), self.__getstate__()
+
+    def effective(name: str) -> property:
+        def get(self: Any) -> Tensor | None:
+            return self._modules["deltaworks"].weight(self, name)
+
+        return property(get)
+
+    members: dict[str, Any] = {
+        "forward": functools.wraps(base.forward)(forward),  # type: ignore[attr-defined]
+        "__reduce_ex__": reduce,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_deltaworks_base": base,
+        **{name: effective(name) for name in parameters},
+    }
+    _SWAPPED[base, parameters] = type(base.__name__, (base,), members)
+    return _SWAPPED[base, parameters]
+
+
+def _revive(base: type, parameters: tuple[str, ...]) -> nn.Module:
+    cls = swapped(base, parameters)
+    return cls.__new__(cls)
+
+
+def graft_of(module: nn.Module) -> Graft | None:
+    """What hangs at a module, if anything."""
+    found = module._modules.get("deltaworks")
+    return found if isinstance(found, Graft) else None
+
+
+def graft(module: nn.Module, board: Switchboard, uncalled: Sequence[str] = ()) -> Graft:
+    """The module's graft, made if there is none yet."""
+    found = graft_of(module)
+    if found is None:
+        found = Graft(board)
+        module.__class__ = swapped(type(module), tuple(uncalled))
+        module.add_module("deltaworks", found)
+    return found
+
+
+def ungraft(module: nn.Module) -> None:
+    """Set the module's class back and drop its graft."""
+    module.__class__ = type(module)._deltaworks_base  # type: ignore[attr-defined]
+    del module._modules["deltaworks"]

@@ -1,0 +1,40 @@
+"""Initial values. All are drawn on the CPU from the global generator, which `attach` seeds, so that the same seed gives
+the same adapter on any device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def kaiming(*shape: int) -> Tensor:
+    """Kaiming uniform with a = sqrt(5): U(-1/sqrt(fan_in), 1/sqrt(fan_in)), fan_in the last dimension."""
+    return uniform(*shape, bound=1 / math.sqrt(shape[-1]))
+
+
+def kaiming_relu(*shape: int) -> Tensor:
+    """Kaiming uniform with a = 0: U(-sqrt(6/fan_in), sqrt(6/fan_in)), fan_in the last dimension."""
+    return uniform(*shape, bound=math.sqrt(6 / shape[-1]))
+
+
+def uniform(*shape: int, bound: float) -> Tensor:
+    """U(-bound, bound)."""
+    return torch.rand(*shape).mul_(2 * bound).sub_(bound)
+
+
+def normal(*shape: int, std: float = 1.0) -> Tensor:
+    """N(0, std^2)."""
+    return torch.randn(*shape) * std
+
+
+def zeros(*shape: int) -> Tensor:
+    """All zero."""
+    return torch.zeros(*shape)
+
+
+def ones(*shape: int) -> Tensor:
+    """All one."""
+    return torch.ones(*shape)

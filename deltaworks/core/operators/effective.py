@@ -1,0 +1,66 @@
+"""A linear layer under its effective weight, keeping only the input for backward.
+
+Building `W' = fold(W)` and calling `F.linear` would make autograd keep `W'` and every intermediate of the fold, one full
+matrix or more per layer. Here the backward pass folds again, so only `x` and the delta's own tensors stay alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ...model.weights import Weight
+from ..part import Delta, trainable
+
+
+def effective_linear(x: Tensor, layer: nn.Module, deltas: Sequence[Delta]) -> Tensor:
+    """`x W'^T + bias'` for `x` of shape `... x in`, with `W'` the layer's weight under the deltas, in order.
+
+    Gradients reach `x` and the deltas' parameters.
+    """
+    bias = layer._parameters.get("bias")
+    for delta in deltas:
+        if delta.site.rows is None:
+            bias = delta.fold_bias(bias)
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or not torch.is_grad_enabled():
+        return nn.functional.linear(x, _fold(layer, deltas), bias)
+    y: Any = _EffectiveLinear.apply(x, layer, deltas, *trainable(deltas))
+    return y if bias is None else y + bias
+
+
+def _fold(layer: nn.Module, deltas: Sequence[Delta]) -> Tensor:
+    whole = Weight(layer).matrix()
+    for delta in deltas:
+        if delta.site.rows is None:
+            whole = delta.fold(whole)
+        else:
+            part = Weight(layer, "weight", delta.site.rows)
+            whole = part.replaced(delta.fold(whole.index_select(0, part.index())), whole)
+    return whole
+
+
+class _EffectiveLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Module, deltas: Sequence[Delta], *parameters: Tensor) -> Tensor:
+        ctx.layer, ctx.deltas = layer, deltas
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[3:]) else None)
+        return nn.functional.linear(x, _fold(layer, deltas))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        g = gradients[0]
+        parameters = trainable(ctx.deltas)
+        with torch.enable_grad():
+            weight = _fold(ctx.layer, ctx.deltas)
+        dx = g @ weight.detach() if ctx.needs_input_grad[0] else None
+        if not parameters:
+            return dx, None, None
+        change = g.flatten(0, -2).T @ x.flatten(0, -2)
+        grads = torch.autograd.grad(weight, parameters, change, allow_unused=True)
+        return dx, None, None, *grads

@@ -1,0 +1,139 @@
+"""Rules: what happens around optimisation steps.
+
+A rule listens to six events of a run: `attached`, `step_begin`, `gradients` (complete, before clipping), `step_end`,
+`epoch_end`, `finished`. It may add a term to the loss (`penalty`) and it may own the step (`owns_step`). Its whole
+memory is in `state_dict`, so that a resumed run continues as if it had not stopped. The same rule runs in a plain loop,
+in `transformers.Trainer` and in TRL's trainers; `Run` is what it sees of either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .tuned import Tuned
+
+
+@dataclass
+class Run:
+    """A training run, as a rule sees it.
+
+    Attributes:
+        tuned: the adapted model.
+        optimizer: the optimizer, unwrapped; None until it exists.
+        step: number of finished optimizer steps (0 before the first ends).
+        total_steps: planned number of optimizer steps.
+        seed: the run's seed; rules derive their generators from it.
+        history: figures rules record over time, name -> list of (step, value); drawn in the report.
+    """
+
+    tuned: Tuned
+    optimizer: torch.optim.Optimizer | None = None
+    step: int = 0
+    total_steps: int = 0
+    seed: int = 0
+    history: dict[str, list[tuple[int, Any]]] = field(default_factory=dict)
+
+    def record(self, name: str, value: Any) -> None:
+        """Keep a figure of this step for the report."""
+        self.history.setdefault(name, []).append((self.step, value))
+
+
+class Rule:
+    """Base of all rules; every event does nothing until a rule says otherwise.
+
+    Class attributes:
+        owns_step: the rule replaces forward, backward and optimizer step by `own_step`.
+    """
+
+    owns_step: ClassVar[bool] = False
+
+    def attached(self, run: Run) -> None:
+        """The adapter is in the model and the run is planned (`total_steps` is known, no step made)."""
+
+    def step_begin(self, run: Run) -> None:
+        """Before the first forward pass of an optimizer step (of a whole accumulation window)."""
+
+    def gradients(self, run: Run) -> None:
+        """All gradients of the step are accumulated; they are not clipped yet."""
+
+    def step_end(self, run: Run) -> None:
+        """After the optimizer's step and `run.step` has grown; gradients are still there."""
+
+    def epoch_end(self, run: Run) -> None:
+        """After the last step of an epoch."""
+
+    def finished(self, run: Run) -> None:
+        """Training is over; the adapter may take its final, compact form."""
+
+    def penalty(self, run: Run) -> Tensor | None:
+        """A term added to the loss of every forward pass, or None."""
+        return None
+
+    def own_step(self, run: Run, loss: Callable[[], Tensor], lr: float) -> Tensor:
+        """For rules that own the step: make it, and return the loss.
+
+        Args:
+            run: the run.
+            loss: computes the loss of this step's batch, without gradient, as often as called.
+            lr: the scheduled learning rate.
+        """
+        raise NotImplementedError(f"{type(self).__name__} says that it owns the step but makes none")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that must survive a restart: tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up `state_dict`'s content."""
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no state but was given {sorted(state)}")
+
+
+class Rules:
+    """Several rules as one: what a trainer calls."""
+
+    def __init__(self, rules: list[Rule], run: Run) -> None:
+        self.rules, self.run = rules, run
+        owners = [type(rule).__name__ for rule in rules if rule.owns_step]
+        if len(owners) > 1:
+            raise ValueError(f"only one rule can own the step; {' and '.join(owners)} both do")
+
+    @property
+    def owner(self) -> Rule | None:
+        """The rule that owns the step, if one does."""
+        return next((rule for rule in self.rules if rule.owns_step), None)
+
+    def emit(self, event: str) -> None:
+        """Tell every rule of an event; `step_end` counts the step first."""
+        if event == "step_end":
+            self.run.step += 1
+        for rule in self.rules:
+            getattr(rule, event)(self.run)
+
+    def penalty(self) -> Tensor | None:
+        """The sum of the rules' loss terms, None if there is none."""
+        terms = [term for rule in self.rules if (term := rule.penalty(self.run)) is not None]
+        return torch.stack([term.reshape(()) for term in terms]).sum() if terms else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the run and of every rule, in order."""
+        return {
+            "step": self.run.step,
+            "history": self.run.history,
+            "rules": [{"kind": type(rule).__name__, "state": rule.state_dict()} for rule in self.rules],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up `state_dict`'s content; the rules must be the same, in the same order."""
+        kinds = [item["kind"] for item in state["rules"]]
+        if kinds != [type(rule).__name__ for rule in self.rules]:
+            raise ValueError(f"the checkpoint has rules {kinds}, the run {[type(rule).__name__ for rule in self.rules]}")
+        self.run.step, self.run.history = state["step"], state["history"]
+        for rule, item in zip(self.rules, state["rules"], strict=True):
+            rule.load_state_dict(item["state"])
