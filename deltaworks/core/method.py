@@ -34,6 +34,14 @@ class Placed:
 class Method:
     """Base of all methods: a dataclass of hyper-parameters that plans its parts.
 
+    Class attributes:
+        mergeable: the change can be folded into the base's parameters.
+        needs_data: `measure` must run before `parts`.
+        exact_at_start: the output right after attaching is the base's.
+        exact_gradient: the gradient is the derivative of the loss (not so where the paper detaches something).
+        default_lr: a learning rate to begin with, the sheet's or the field's usual one.
+        refuses: kinds of bases it cannot work on, as the tests name them; everything else it must.
+
     Attributes:
         overrides: other hyper-parameters at some places: regular expression over module names -> settings. What PEFT
             calls rank and alpha patterns is `{"layers.0.*q_proj": {"rank": 16, "alpha": 32}}`.
@@ -45,6 +53,9 @@ class Method:
     mergeable: ClassVar[bool] = True
     needs_data: ClassVar[bool] = False
     exact_at_start: ClassVar[bool] = True
+    exact_gradient: ClassVar[bool] = True
+    default_lr: ClassVar[float] = 1e-3
+    refuses: ClassVar[tuple[str, ...]] = ()
 
     overrides: dict[str, dict[str, Any]] = fields.mapping("other hyper-parameters where a module name matches a pattern")
 
