@@ -1,0 +1,82 @@
+"""Small pre-trained bases and real data that ship with the package or are built in seconds.
+
+For the demo, the tests and the comparisons; a user with a model and data never needs it.
+
+Bases: `decoder` (Llama, 5 M parameters, shipped), `encoder` (BERT), `seq2seq` (T5), `vision` (ViT), `moe` (Mixtral) and
+`ssm` (Mamba). Data: `docstrings` (signature -> docstring), `packages` (docstring -> package) and `digits`. Wherever the
+command line or a recipe takes a base or data, they are addressed as `nursery:NAME`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+    from transformers import PreTrainedModel
+
+BASES = ("decoder", "encoder", "seq2seq", "vision", "moe", "ssm")
+DATA = ("docstrings", "packages", "digits")
+NAMES = BASES + DATA
+PREFIX = "nursery:"
+
+__all__ = ["BASES", "DATA", "NAMES", "PREFIX", "base", "base_path", "data", "resolve"]
+
+
+def _known(name: str, kind: str, names: tuple[str, ...]) -> str:
+    bare = name.removeprefix(PREFIX)
+    if bare not in names:
+        listed = ", ".join(PREFIX + other for other in names)
+        raise ValueError(f"the nursery has no {kind} {name!r}; there are {listed}")
+    return bare
+
+
+def base_path(name: str) -> Path:
+    """The folder of a base, as `from_pretrained` takes it. All but the decoder are pre-trained on first use.
+
+    Raises:
+        ValueError: no base has this name.
+        ImportError: `vision` without scikit-learn or Pillow.
+    """
+    bare = _known(name, "base", BASES)
+    from deltaworks.nursery import bases
+
+    return bases.SHIPPED if bare == "decoder" else bases.cached(bare)
+
+
+resolve = base_path
+
+
+def base(name: str, *, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Any]:
+    """A base as (model, tokenizer), or (model, image processor) for `vision`; float32 unless `dtype` says otherwise.
+
+    The model is of the class it was pre-trained as, in evaluation mode: with its language-modelling head, or, for
+    `vision`, without a head.
+
+    Raises:
+        ValueError: no base has this name.
+        ImportError: `vision` without scikit-learn or Pillow.
+    """
+    import transformers
+
+    folder = base_path(name)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    architecture = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+    reader = transformers.AutoImageProcessor if config.model_type == "vit" else transformers.AutoTokenizer
+    return architecture.from_pretrained(folder, dtype=dtype or torch.float32).eval(), reader.from_pretrained(folder)
+
+
+def data(name: str) -> DatasetDict:
+    """A data set with the splits `train` and `validation`, built from the running Python in a second or two.
+
+    Raises:
+        ValueError: no data set has this name.
+        ImportError: `digits` without scikit-learn or Pillow.
+    """
+    bare = _known(name, "data set", DATA)
+    from deltaworks.nursery import sets
+
+    return sets.SETS[bare]()

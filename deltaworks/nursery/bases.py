@@ -1,0 +1,351 @@
+"""The small bases that are pre-trained on first use, from a seed, in under a minute each, and then cached.
+
+The text bases do not begin from nothing: their token embeddings are the shipped decoder's, reduced to their width.
+
+They are there to be fine-tuned in tests, demos and comparisons: one of every kind of model, with weights that have
+learnt something, so that a method which only works on random or on saturated weights is found out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from os import environ
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+
+from deltaworks.nursery import corpus, pretraining, sets
+from deltaworks.nursery import tokenizer as vocabulary
+from deltaworks.nursery.pretraining import Optimizers, windows
+
+SHIPPED = Path(__file__).parent / "decoder"
+HELD_OUT_ROWS = 256
+IGNORED = -100
+
+Objective = Callable[[PreTrainedModel, Tensor, torch.Generator], tuple[Tensor, Tensor, Tensor | float]]
+"""(model, rows `[batch, length]`, randomness) -> logits `[batch, n, vocabulary]`, labels `[batch, n]`, penalty."""
+
+
+@dataclass(frozen=True)
+class TextRecipe:
+    """A text base: what is built, and what it learns from how many windows of source code."""
+
+    model: Callable[[], PreTrainedModel]
+    objective: Objective
+    framing: vocabulary.Framing
+    steps: int
+    batch: int = 16
+    length: int = 96
+    rate: float = 5e-3
+
+
+def causal(model: PreTrainedModel, rows: Tensor, randomness: torch.Generator) -> tuple[Tensor, Tensor, float]:
+    """Predict every token from those before it."""
+    return model(input_ids=rows[:, :-1], use_cache=False).logits, rows[:, 1:], 0.0
+
+
+def routed(model: PreTrainedModel, rows: Tensor, randomness: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """As `causal`, with the penalty that keeps the experts equally busy (Fedus et al. 2021, arXiv:2101.03961)."""
+    output = model(input_ids=rows[:, :-1], use_cache=False, output_router_logits=True)
+    return output.logits, rows[:, 1:], 0.01 * output.aux_loss
+
+
+def masked(model: PreTrainedModel, rows: Tensor, randomness: torch.Generator) -> tuple[Tensor, Tensor, float]:
+    """Restore 15 % of the tokens: of those 80 % are masked, 10 % replaced, 10 % kept (BERT, arXiv:1810.04805)."""
+    draw = torch.rand(rows.shape, generator=randomness)
+    others = torch.randint(len(vocabulary.SPECIAL), vocabulary.VOCABULARY, rows.shape, generator=randomness)
+    shown = rows.masked_fill(draw < 0.12, vocabulary.MASK_ID)
+    shown = torch.where((draw >= 0.12) & (draw < 0.135), others, shown)
+    return model(input_ids=shown).logits, rows.masked_fill(draw >= 0.15, IGNORED), 0.0
+
+
+def spans(model: PreTrainedModel, rows: Tensor, randomness: torch.Generator) -> tuple[Tensor, Tensor, float]:
+    """T5's span corruption (arXiv:1910.10683), with one span of 3 in every 12 tokens so that all rows stay as long.
+
+    The encoder reads the rows with a sentinel for every span; the decoder writes each sentinel and what it stands for.
+    """
+    segment, span = 12, 3
+    batch, length = rows.shape
+    count = length // segment
+    pieces = rows[:, : count * segment].view(batch, count, segment)
+    start = torch.randint(segment - span + 1, (batch, count, 1), generator=randomness)
+    place = torch.arange(segment)
+    inside = (place >= start) & (place < start + span)
+    sentinels = vocabulary.SPECIAL.index(vocabulary.SENTINELS[0]) + torch.arange(count).expand(batch, count)
+    shown = torch.where(place == start, sentinels[..., None], pieces)
+    source = shown[~inside | (place == start)].view(batch, -1)
+    target = torch.cat([sentinels[..., None], pieces[inside].view(batch, count, span)], dim=-1).flatten(1)
+    ends = torch.full((batch, 1), vocabulary.EOS_ID)
+    labels = torch.cat([target, ends], dim=1)
+    return model(input_ids=torch.cat([source, ends], dim=1), labels=labels).logits, labels, 0.0
+
+
+def bert() -> PreTrainedModel:
+    return BertForMaskedLM(
+        BertConfig(
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=vocabulary.CONTEXT,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            **vocabulary.IN_CONFIG,
+        )
+    )
+
+
+T5_START: dict[str, Any] = {"decoder_start_token_id": vocabulary.PAD_ID}
+
+
+def t5() -> PreTrainedModel:
+    return T5ForConditionalGeneration(
+        T5Config(
+            d_model=128,
+            d_kv=32,
+            d_ff=256,
+            num_layers=2,
+            num_decoder_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            **T5_START,
+            **vocabulary.IN_CONFIG,
+        )
+    )
+
+
+def mixtral() -> PreTrainedModel:
+    return MixtralForCausalLM(
+        MixtralConfig(
+            hidden_size=128,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            max_position_embeddings=vocabulary.CONTEXT,
+            tie_word_embeddings=True,
+            **vocabulary.IN_CONFIG,
+        )
+    )
+
+
+def mamba() -> PreTrainedModel:
+    return MambaForCausalLM(
+        MambaConfig(
+            hidden_size=96,
+            state_size=8,
+            num_hidden_layers=2,
+            initializer_range=0.02,
+            **vocabulary.IN_CONFIG,
+        )
+    )
+
+
+TEXT = {
+    "encoder": TextRecipe(bert, masked, "masked", steps=400),
+    "seq2seq": TextRecipe(t5, spans, "seq2seq", steps=400),
+    "moe": TextRecipe(mixtral, routed, "causal", steps=300),
+    "ssm": TextRecipe(mamba, causal, "causal", steps=100, batch=32, length=32),
+}
+VISION_STEPS = 300
+
+
+def entries(framing: vocabulary.Framing) -> PreTrainedTokenizerFast:
+    """The shipped vocabulary, framed for one kind of base."""
+    shipped = PreTrainedTokenizerFast.from_pretrained(SHIPPED)
+    return vocabulary.framed(shipped.backend_tokenizer, framing)
+
+
+def text_rows(tokenizer: PreTrainedTokenizerFast, split: corpus.Split, count: int, length: int, seed: int) -> Tensor:
+    """Windows of whole documents joined end to end, `[count, length]`; fewer texts are read when few are needed."""
+    documents = corpus.documents(split)
+    random.Random(seed).shuffle(documents)
+    encoder: Tokenizer = tokenizer.backend_tokenizer
+    stream: list[int] = []
+    for document in documents:
+        stream += [vocabulary.BOS_ID, *encoder.encode(document.text, add_special_tokens=False).ids, vocabulary.EOS_ID]
+        if len(stream) > (count + 1) * length:
+            break
+    rows = windows(torch.tensor(stream), length, torch.Generator().manual_seed(seed))
+    return rows.repeat(-(-count // len(rows)), 1)[:count]
+
+
+@torch.no_grad()
+def inherit_embeddings(model: PreTrainedModel) -> None:
+    """Start from the decoder's token embeddings: their principal components, at the model's own initial scale."""
+    own = cast(nn.Embedding, model.get_input_embeddings()).weight
+    shipped = load_file(SHIPPED / "model.safetensors")["model.embed_tokens.weight"].float()
+    left, values, _ = torch.linalg.svd(shipped - shipped.mean(0), full_matrices=False)
+    components = (left * values)[:, : own.shape[1]]
+    own.copy_(components * (own.std() / components.std()))
+
+
+def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
+
+
+def grow_text(recipe: TextRecipe, folder: Path, seed: int) -> None:
+    """Pre-train a text base and write it to `folder`."""
+    tokenizer = entries(recipe.framing)
+    model = recipe.model()
+    inherit_embeddings(model)
+    rows = text_rows(tokenizer, "train", recipe.steps * recipe.batch, recipe.length, seed)
+    randomness = torch.Generator().manual_seed(seed)
+    optimizers = Optimizers(model, recipe.rate)
+    for step, batch in enumerate(rows.split(recipe.batch)):
+        logits, labels, penalty = recipe.objective(model, batch, randomness)
+        (token_loss(logits, labels) + penalty).backward()
+        optimizers.step(step / recipe.steps)
+    model.eval()
+
+    # Sentinels and ends come for free once learnt: the loss that counts is that of ordinary tokens.
+    held_out = text_rows(tokenizer, "validation", HELD_OUT_ROWS, recipe.length, seed)
+    frequencies = torch.bincount(rows.flatten(), minlength=vocabulary.VOCABULARY) + 1.0
+    with torch.no_grad():
+        results = [recipe.objective(model, batch, randomness)[:2] for batch in held_out.split(recipe.batch)]
+    logits, labels = (torch.cat(tensors) for tensors in zip(*results, strict=True))
+    labels = labels.masked_fill(labels < len(vocabulary.SPECIAL), IGNORED)
+    unigram = (frequencies / frequencies.sum()).log().expand(*labels.shape, -1)
+    facts = {
+        "steps": recipe.steps,
+        "tokens": rows.numel(),
+        "held_out_loss": float(token_loss(logits, labels)),
+        "unigram_loss": float(token_loss(unigram, labels)),
+    }
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def grow_vision(steps: int, folder: Path, seed: int, batch: int = 64) -> None:
+    """Pre-train a ViT to tell by how many quarter turns a digit was rotated (Gidaris et al. 2018, arXiv:1803.07728).
+
+    The task needs no labels and uses the class token, so what is left to fine-tuning is to read the digit. The head
+    is thrown away.
+    """
+    config = ViTConfig(
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=4,
+        id2label={turns: f"{90 * turns} degrees" for turns in range(4)},
+    )
+    processor = ViTImageProcessor(
+        size={"height": 16, "width": 16},
+        do_convert_rgb=True,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    model = ViTForImageClassification(config)
+    digits = sets.digits()
+    pixels = {split: processor(list(digits[split]["image"]), return_tensors="pt")["pixel_values"] for split in digits}
+    randomness = torch.Generator().manual_seed(seed)
+    optimizers = Optimizers(model, 2e-3)
+
+    def turned(images: Tensor) -> tuple[Tensor, Tensor]:
+        turns = torch.arange(len(images)) % 4
+        return torch.stack([image.rot90(int(turn), (1, 2)) for image, turn in zip(images, turns, strict=True)]), turns
+
+    for step in range(steps):
+        images = pixels["train"][torch.randint(len(pixels["train"]), (batch,), generator=randomness)]
+        images, turns = turned(images)
+        functional.cross_entropy(model(pixel_values=images).logits, turns).backward()
+        optimizers.step(step / steps)
+    model.eval()
+    with torch.no_grad():
+        images, turns = turned(pixels["validation"])
+        loss = functional.cross_entropy(model(pixel_values=images).logits, turns)
+    chance = float(torch.tensor(4.0).log())
+    facts = {"steps": steps, "images": steps * batch, "held_out_loss": float(loss), "unigram_loss": chance}
+    model.vit.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def grow(name: str, folder: Path, *, steps: int | None = None, seed: int = 0) -> None:
+    """Pre-train the base `name` into `folder`; `steps` replaces the recipe's number of steps.
+
+    The same Python, libraries, seed and number of threads give the same files. The caller's random state and gradient
+    mode are left as they were.
+    """
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        if name == "vision":
+            grow_vision(steps or VISION_STEPS, folder, seed)
+        else:
+            recipe = TEXT[name]
+            grow_text(replace(recipe, steps=steps or recipe.steps), folder, seed)
+
+
+def key(name: str) -> str:
+    """What a cached base depends on: the code that makes it, the vocabulary, the libraries and the corpus."""
+    files = [Path(module.__file__ or "") for module in (corpus, pretraining, sets, vocabulary)]
+    files += [Path(__file__), SHIPPED / "tokenizer.json"]
+    versions = [platform.python_version(), *(version(package) for package in ("torch", "transformers", "tokenizers"))]
+    digest = hashlib.sha256(json.dumps([name, versions]).encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def cache() -> Path:
+    """`$DELTAWORKS_CACHE`, or `~/.cache/deltaworks`."""
+    return Path(environ.get("DELTAWORKS_CACHE") or Path.home() / ".cache" / "deltaworks").expanduser()
+
+
+def cached(name: str, *, steps: int | None = None) -> Path:
+    """The folder of the base `name`, pre-trained now when it is not there yet.
+
+    The folder appears whole or not at all, and processes that ask for the same base at once wait for the first.
+    """
+    home = cache() / "nursery"
+    folder = home / (f"{name}-{key(name)}" + (f"-{steps}" if steps else ""))
+    if folder.is_dir():
+        return folder
+    home.mkdir(parents=True, exist_ok=True)
+    with FileLock(home / f"{folder.name}.lock"):
+        if not folder.is_dir():
+            print(f"nursery:{name} is pre-trained once, in less than a minute, into {folder}", file=sys.stderr)
+            growing = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=home))
+            try:
+                grow(name, growing, steps=steps)
+                growing.chmod(0o755)  # mkdtemp's folders are the owner's alone
+                growing.rename(folder)
+            finally:
+                shutil.rmtree(growing, ignore_errors=True)
+    return folder
