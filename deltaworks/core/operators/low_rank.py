@@ -16,7 +16,96 @@ from ...model.weights import Weight
 from ..part import Delta
 
 
-class LowRank(Delta):
+class Factored(Delta):
+    """`dW = scale * B A` for whatever factors a subclass has, stored or computed.
+
+    A subclass sets `scale` and `dropout` and defines `factors`; products with activations, embeddings and convolutions
+    follow.
+
+    Attributes:
+        scale: multiplies the product.
+        dropout: probability of zeroing an input feature of the branch in training.
+    """
+
+    lean = True
+    scale: float
+    dropout: float
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (`rank x in`) and B (`out x rank`), differentiable where they train."""
+        raise NotImplementedError
+
+    def dense(self) -> Tensor:
+        a, b = self.factors()
+        return self.scale * (b @ a)
+
+    def prefers_side(self, tokens: int, weight: Weight) -> bool:
+        a, _ = self.factors()
+        # Dropout acts on the branch's input, and a frozen A is there so that the input need not be kept.
+        if self.training and (self.dropout or not a.requires_grad):
+            return True
+        # Building costs r*out*in products plus writing out*in; the branch costs r*(out+in) per token.
+        fan_out, fan_in = weight.fan_out, weight.fan_in
+        return tokens * (fan_in + fan_out) < 2 * fan_in * fan_out or a.shape[0] * 4 < min(fan_in, fan_out)
+
+    def side(self, x: Tensor) -> Tensor:
+        a, b = self.factors()
+        u = (self._dropped(x) @ a.to(x.dtype).T) @ b.to(x.dtype).T
+        return u * self.scale if self.scale != 1.0 else u
+
+    def act(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
+        if plain(self, x) and y.dtype == x.dtype and y.is_contiguous():
+            kept, scale = self.kept(x)
+            return _LowRankAdd.apply(x, y, *self.factors(), scale, kept)  # type: ignore[return-value]
+        return y + self.side(x).to(y.dtype)
+
+    def with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        if not plain(self, x) or weight.dtype != x.dtype:
+            return None
+        kept, scale = self.kept(x)
+        return _LowRankLinear.apply(x, weight, bias, *self.factors(), scale, kept)  # type: ignore[return-value]
+
+    def look_up(self, tokens: Tensor, layer: nn.Embedding) -> Tensor:
+        """The change of an embedding's output, for token ids."""
+        a, b = self.factors()
+        return self.scale * (nn.functional.embedding(tokens, a.T, layer.padding_idx) @ b.T)
+
+    def convolve(self, x: Tensor, layer: nn.Module) -> Tensor:
+        """The change of a convolution's output: a convolution to `rank` channels, then a pointwise one."""
+        x = self._dropped(x)
+        a, b = self.factors()
+        kernel = a.to(x.dtype).unflatten(1, layer.weight.shape[1:])  # type: ignore[union-attr]
+        functional = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}[kernel.dim() - 2]
+        if layer.groups != 1 or layer.padding_mode != "zeros":  # type: ignore[union-attr]
+            return _by_weight(self, x, layer)
+        z = functional(x, kernel, None, layer.stride, layer.padding, layer.dilation)  # type: ignore[union-attr]
+        return self.scale * functional(z, b.to(x.dtype).reshape(*b.shape, *[1] * (kernel.dim() - 2)))
+
+    def kept(self, x: Tensor) -> tuple[Tensor | None, float]:
+        """Which input features survive dropout (None: all), and the scale that makes up for those that do not.
+
+        One byte an element and no second copy of `x`, which is all that backward needs.
+        """
+        if not (self.dropout and self.training):
+            return None, self.scale
+        kept = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - self.dropout)
+        return kept, self.scale / (1 - self.dropout)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.dropout) if self.dropout and self.training else x
+
+
+def plain(delta: Delta, x: Tensor) -> bool:
+    """Whether hand-written functions apply: eager, no autocast, no tensor subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(x.device.type)
+        and all(type(parameter) is nn.Parameter for parameter in delta.parameters())
+        and type(x) in (Tensor, nn.Parameter)
+    )
+
+
+class LowRank(Factored):
     """`dW = scale * (B A - B0 A0)`.
 
     `b0`, `a0` are frozen and present only for methods that start from part of the weight itself (PiSSA, OLoRA,
@@ -33,7 +122,6 @@ class LowRank(Delta):
     """
 
     settings: ClassVar[tuple[str, ...]] = ("scale", "dropout", "train_a", "train_b")
-    lean = True
 
     def __init__(
         self,
@@ -59,72 +147,16 @@ class LowRank(Delta):
     def rank(self) -> int:
         return self.a.shape[0]
 
-    def dense(self) -> Tensor:
-        change = self.b @ self.a
-        if self.a0 is not None and self.b0 is not None:
-            change = change - self.b0 @ self.a0
-        return self.scale * change
-
-    def prefers_side(self, tokens: int, weight: Weight) -> bool:
-        # Building costs r*out*in products plus writing out*in; the branch costs r*(out+in) per token.
-        return tokens * (weight.fan_in + weight.fan_out) < 2 * weight.fan_in * weight.fan_out or self.rank * 4 < min(
-            weight.fan_in, weight.fan_out
-        )
-
-    def side(self, x: Tensor) -> Tensor:
-        x = self._dropped(x)
-        a, b = self.a.to(x.dtype), self.b.to(x.dtype)
-        u = (x @ a.T) @ b.T
-        if self.a0 is not None and self.b0 is not None:
-            u = u - (x @ self.a0.to(x.dtype).T) @ self.b0.to(x.dtype).T
-        return u * self.scale if self.scale != 1.0 else u
-
-    def act(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
-        if self._plain(x):
-            a, b = self._factors()
-            return _LowRankAdd.apply(self._dropped(x), y, a, b, self.scale)  # type: ignore[return-value]
-        return y + self.side(x).to(y.dtype)
-
-    def with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        if (self.dropout and self.training) or not self._plain(x) or weight.dtype != x.dtype:
-            return None
-        a, b = self._factors()
-        return _LowRankLinear.apply(x, weight, bias, a, b, self.scale)  # type: ignore[return-value]
-
-    def look_up(self, tokens: Tensor, layer: nn.Embedding) -> Tensor:
-        """The change of an embedding's output, for token ids."""
-        change = nn.functional.embedding(tokens, self.a.T, layer.padding_idx) @ self.b.T
-        if self.a0 is not None and self.b0 is not None:
-            change = change - nn.functional.embedding(tokens, self.a0.T) @ self.b0.T
-        return self.scale * change
-
-    def convolve(self, x: Tensor, layer: nn.Module) -> Tensor:
-        """The change of a convolution's output: a convolution to `rank` channels, then a pointwise one."""
-        x = self._dropped(x)
-        a, b = self._factors()
-        kernel = a.to(x.dtype).unflatten(1, layer.weight.shape[1:])  # type: ignore[union-attr]
-        functional = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}[kernel.dim() - 2]
-        if layer.groups != 1 or layer.padding_mode != "zeros":  # type: ignore[union-attr]
-            return _by_weight(self, x, layer)
-        z = functional(x, kernel, None, layer.stride, layer.padding, layer.dilation)  # type: ignore[union-attr]
-        return self.scale * functional(z, b.to(x.dtype).reshape(*b.shape, *[1] * (kernel.dim() - 2)))
-
-    def _factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> tuple[Tensor, Tensor]:
         if self.a0 is None or self.b0 is None:
             return self.a, self.b
         return torch.cat([self.a, self.a0]), torch.cat([self.b, -self.b0], dim=1)
 
-    def _dropped(self, x: Tensor) -> Tensor:
-        return nn.functional.dropout(x, self.dropout) if self.dropout and self.training else x
-
-    def _plain(self, x: Tensor) -> bool:
-        """Whether the hand-written functions apply: eager, no autocast, no tensor subclass."""
-        return (
-            not torch.compiler.is_compiling()
-            and not torch.is_autocast_enabled(x.device.type)
-            and type(self.a) is nn.Parameter
-            and type(x) in (Tensor, nn.Parameter)
-        )
+    def dense(self) -> Tensor:
+        if self.a0 is None or self.b0 is None:
+            return super().dense()
+        # Two products of equal factors differ by exactly nothing; one product of the joined factors would by rounding.
+        return self.scale * (self.b @ self.a - self.b0 @ self.a0)
 
 
 def _by_weight(delta: Delta, x: Tensor, layer: Any) -> Tensor:
@@ -132,67 +164,82 @@ def _by_weight(delta: Delta, x: Tensor, layer: Any) -> Tensor:
     return layer._conv_forward(x, kernel, None)
 
 
-def _branch_gradients(ctx: Any, g: Tensor, x: Tensor | None, z: Tensor | None, a: Tensor, b: Tensor, need: tuple) -> tuple:
-    """Gradients of the branch: (g B scale, dA, dB), each only if needed."""
-    need_x, need_a, need_b = need
+def _flat(x: Tensor, kept: Tensor | None) -> Tensor:
+    """The branch's input as a matrix, `tokens x in`."""
+    return (x if kept is None else x * kept).reshape(-1, x.shape[-1])
+
+
+def _branch_gradients(ctx: Any, g: Tensor, x: Tensor | None, kept: Tensor | None, z: Tensor | None, a: Tensor, b: Tensor):  # noqa: ANN202
+    """Gradients of the branch, each only if needed: (scale g B, dA, dB)."""
+    need_x, need_a, need_b = ctx.needed
     gb = (g @ b.to(g.dtype)).mul_(ctx.scale) if need_x or need_a else None
-    da = (gb.T @ x).to(a.dtype) if need_a and gb is not None and x is not None else None
+    da = (gb.T @ _flat(x, kept)).to(a.dtype) if need_a and gb is not None and x is not None else None
     db = (g.T @ z).mul_(ctx.scale).to(b.dtype) if need_b and z is not None else None
     return gb, da, db
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """`y = x W^T + bias + scale (x A^T) B^T` with W and bias frozen."""
+    """`y = x W^T + bias + scale ((kept x) A^T) B^T` with W and bias frozen."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        z = flat @ a.to(x.dtype).T
-        y = nn.functional.linear(flat, weight, bias)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        kept: Tensor | None,
+    ) -> Tensor:
+        z = _flat(x, kept) @ a.to(x.dtype).T
+        y = nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, bias)
         y.addmm_(z, b.to(x.dtype).T, alpha=scale)
-        ctx.scale = scale
-        need_a, need_b = ctx.needs_input_grad[3], ctx.needs_input_grad[4]
-        ctx.save_for_backward(x if need_a else None, z if need_b else None, weight, a, b)
+        ctx.scale, ctx.needed = scale, (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:5])
+        need_x, need_a, need_b = ctx.needed
+        ctx.save_for_backward(
+            x if need_a else None, kept if need_a or need_x else None, z if need_b else None, weight, a, b
+        )
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, z, weight, a, b = ctx.saved_tensors
+        x, kept, z, weight, a, b = ctx.saved_tensors
         g = gradients[0].reshape(-1, gradients[0].shape[-1])
-        need_x, _, _, need_a, need_b, _ = ctx.needs_input_grad
-        flat = x.reshape(-1, x.shape[-1]) if x is not None else None
-        gb, da, db = _branch_gradients(ctx, g, flat, z, a, b, (need_x, need_a, need_b))
+        gb, da, db = _branch_gradients(ctx, g, x, kept, z, a, b)
         dx = None
-        if need_x and gb is not None:
-            dx = (g @ weight).addmm_(gb, a.to(g.dtype)).view(*gradients[0].shape[:-1], weight.shape[-1])
-        return dx, None, None, da, db, None
+        if ctx.needed[0] and gb is not None:
+            dx = g @ weight
+            if kept is None:
+                dx.addmm_(gb, a.to(g.dtype))
+            else:
+                dx.addcmul_(gb @ a.to(g.dtype), kept.view_as(dx).to(g.dtype))
+            dx = dx.view(*gradients[0].shape[:-1], weight.shape[-1])
+        return dx, None, None, da, db, None, None
 
 
 class _LowRankAdd(torch.autograd.Function):
-    """`y += scale (x A^T) B^T`, in place."""
+    """`y += scale ((kept x) A^T) B^T`, in place."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        z = flat @ a.to(x.dtype).T
-        out = y.view(-1, y.shape[-1]) if y.is_contiguous() else None
-        if out is None or y.dtype != x.dtype:
-            raise ValueError(f"the base gave {y.dtype} for {x.dtype} activations; low-rank products need one dtype")
-        out.addmm_(z, b.to(x.dtype).T, alpha=scale)
+    def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, kept: Tensor | None) -> Tensor:
+        z = _flat(x, kept) @ a.to(x.dtype).T
+        y.view(-1, y.shape[-1]).addmm_(z, b.to(x.dtype).T, alpha=scale)
         ctx.mark_dirty(y)
-        ctx.scale = scale
-        need_a, need_b = ctx.needs_input_grad[2], ctx.needs_input_grad[3]
-        ctx.save_for_backward(x if need_a else None, z if need_b else None, a, b)
+        ctx.scale, ctx.needed = scale, (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4])
+        need_x, need_a, need_b = ctx.needed
+        ctx.save_for_backward(x if need_a else None, kept if need_a or need_x else None, z if need_b else None, a, b)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, z, a, b = ctx.saved_tensors
+        x, kept, z, a, b = ctx.saved_tensors
         g = gradients[0].reshape(-1, gradients[0].shape[-1])
-        need_x, _, need_a, need_b, _ = ctx.needs_input_grad
-        flat = x.reshape(-1, x.shape[-1]) if x is not None else None
-        gb, da, db = _branch_gradients(ctx, g, flat, z, a, b, (need_x, need_a, need_b))
-        dx = (gb @ a.to(g.dtype)).view(*gradients[0].shape[:-1], a.shape[-1]) if need_x and gb is not None else None
-        return dx, gradients[0], da, db, None
+        gb, da, db = _branch_gradients(ctx, g, x, kept, z, a, b)
+        dx = None
+        if ctx.needed[0] and gb is not None:
+            dx = (gb @ a.to(g.dtype)).view(*gradients[0].shape[:-1], a.shape[-1])
+            dx = dx if kept is None else dx.mul_(kept)
+        return dx, gradients[0], da, db, None, None

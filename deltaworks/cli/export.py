@@ -1,0 +1,43 @@
+"""`deltaworks export`: an adapter in another program's format."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder (ours or PEFT's).")],
+    output: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    format: Annotated[str, typer.Option(help="peft, vllm (a plain LoRA it accepts) or deltaworks.")] = "peft",
+    base: Annotated[str | None, typer.Option(help="The base; the one the adapter names, if not given.")] = None,
+    rank: Annotated[int | None, typer.Option(help="vllm: rank of the LoRA; the smallest exact one, if not given.")] = None,
+    task: Annotated[str, typer.Option(help="What the base is loaded for.")] = "causal-lm",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Write an adapter for HF PEFT or vLLM, or bring a PEFT adapter into our format.
+
+    Examples: [dim]deltaworks export runs/a/adapter --output peft-adapter[/] ·
+    [dim]deltaworks export runs/a/adapter --format vllm --rank 16 --output served[/]
+    """
+    from .. import adapters
+    from .opening import fresh_folder, open_tuned
+
+    if format not in ("peft", "vllm", "deltaworks"):
+        raise ValueError(f"--format {format} is not known; it is peft, vllm or deltaworks")
+    if rank is not None and format != "vllm":
+        raise ValueError("--rank only makes sense with --format vllm")
+    fresh_folder(output)
+    model, _, tuned = open_tuned(adapter, base, task)
+    report = {"output": str(output), "format": format}
+    if format == "vllm":
+        report |= adapters.export_vllm(tuned, output, rank=rank)
+    else:
+        adapters.save(tuned, output, format=format)
+    if as_json:
+        print(json.dumps(report, default=str))
+    else:
+        print(f"{format} adapter in {output}" + (f", largest relative error {report['error']:.2e}" if "error" in report else ""))
