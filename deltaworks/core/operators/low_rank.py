@@ -19,17 +19,20 @@ from ..part import Delta
 class Factored(Delta):
     """`dW = scale * B A` for whatever factors a subclass has, stored or computed.
 
-    A subclass sets `scale` and `dropout` and defines `factors`; products with activations, embeddings and convolutions
-    follow.
+    A subclass sets the attributes and defines `factors`; products with activations, embeddings and convolutions follow.
 
     Attributes:
+        rank: number of rows of A.
         scale: multiplies the product.
         dropout: probability of zeroing an input feature of the branch in training.
+        train_a: whether anything in A receives gradients.
     """
 
     lean = True
+    rank: int
     scale: float
-    dropout: float
+    dropout: float = 0.0
+    train_a: bool = True
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (`rank x in`) and B (`out x rank`), differentiable where they train."""
@@ -40,13 +43,12 @@ class Factored(Delta):
         return self.scale * (b @ a)
 
     def prefers_side(self, tokens: int, weight: Weight) -> bool:
-        a, _ = self.factors()
         # Dropout acts on the branch's input, and a frozen A is there so that the input need not be kept.
-        if self.training and (self.dropout or not a.requires_grad):
+        if self.training and (self.dropout or not self.train_a):
             return True
         # Building costs r*out*in products plus writing out*in; the branch costs r*(out+in) per token.
         fan_out, fan_in = weight.fan_out, weight.fan_in
-        return tokens * (fan_in + fan_out) < 2 * fan_in * fan_out or a.shape[0] * 4 < min(fan_in, fan_out)
+        return tokens * (fan_in + fan_out) < 2 * fan_in * fan_out or self.rank * 4 < min(fan_in, fan_out)
 
     def side(self, x: Tensor) -> Tensor:
         a, b = self.factors()
@@ -56,7 +58,7 @@ class Factored(Delta):
     def act(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
         if plain(self, x) and y.dtype == x.dtype and y.is_contiguous():
             kept, scale = self.kept(x)
-            return _LowRankAdd.apply(x, y, *self.factors(), scale, kept)  # type: ignore[return-value]
+            return _LowRankAdd.apply(y, x, *self.factors(), scale, kept)  # type: ignore[return-value]
         return y + self.side(x).to(y.dtype)
 
     def with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -139,13 +141,10 @@ class LowRank(Factored):
             raise ValueError(f"factors A {list(a.shape)} and B {list(b.shape)} do not have one rank; A is r x in, B out x r")
         self.a = nn.Parameter(a, requires_grad=train_a)
         self.b = nn.Parameter(b, requires_grad=train_b)
+        self.rank = a.shape[0]
         self.scale, self.dropout, self.train_a, self.train_b = float(scale), float(dropout), train_a, train_b
         self.a0 = None if a0 is None else nn.Parameter(a0, requires_grad=False)
         self.b0 = None if b0 is None else nn.Parameter(b0, requires_grad=False)
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
 
     def factors(self) -> tuple[Tensor, Tensor]:
         if self.a0 is None or self.b0 is None:
@@ -220,14 +219,17 @@ class _LowRankLinear(torch.autograd.Function):
 
 
 class _LowRankAdd(torch.autograd.Function):
-    """`y += scale ((kept x) A^T) B^T`, in place."""
+    """`y += scale ((kept x) A^T) B^T`, in place.
+
+    `y` comes first: where it is a view, autograd takes the first gradient for that of the tensor written to.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, kept: Tensor | None) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, kept: Tensor | None) -> Tensor:
         z = _flat(x, kept) @ a.to(x.dtype).T
         y.view(-1, y.shape[-1]).addmm_(z, b.to(x.dtype).T, alpha=scale)
         ctx.mark_dirty(y)
-        ctx.scale, ctx.needed = scale, (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4])
+        ctx.scale, ctx.needed = scale, ctx.needs_input_grad[1:4]
         need_x, need_a, need_b = ctx.needed
         ctx.save_for_backward(x if need_a else None, kept if need_a or need_x else None, z if need_b else None, a, b)
         return y
@@ -242,4 +244,4 @@ class _LowRankAdd(torch.autograd.Function):
         if ctx.needed[0] and gb is not None:
             dx = (gb @ a.to(g.dtype)).view(*gradients[0].shape[:-1], a.shape[-1])
             dx = dx if kept is None else dx.mul_(kept)
-        return dx, gradients[0], da, db, None, None
+        return gradients[0], dx, da, db, None, None
