@@ -1,0 +1,92 @@
+"""How the benchmarks measure: every sample in a fresh process, the sides in turn, medians and ranges."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def sample(module: str, settings: Mapping[str, Any], threads: int) -> dict[str, Any]:
+    """One measurement: `python -m MODULE JSON` in a fresh process, whose last line of output is a JSON object."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        [sys.executable, "-m", module, json.dumps(settings)], capture_output=True, text=True, env=environment
+    )
+    if done.returncode:
+        reason = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+        return {"error": reason}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def interleaved(
+    module: str, sides: Mapping[str, Mapping[str, Any]], repeats: int, threads: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Every side once, then every side again, ...: a drift of the machine's speed meets all of them."""
+    samples: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    for repeat in range(repeats):
+        for name, settings in sides.items():
+            if samples[name] and "error" in samples[name][0]:
+                continue
+            samples[name].append(sample(module, settings, threads))
+            print(f"  {repeat + 1}/{repeats} {name}: {brief(samples[name][-1])}", file=sys.stderr, flush=True)
+    return samples
+
+
+def brief(result: Mapping[str, Any]) -> str:
+    """A sample in a few words."""
+    if "error" in result:
+        return f"failed: {result['error']}"
+    return ", ".join(f"{key} {value:.4g}" for key, value in result.items() if isinstance(value, (int, float)))
+
+
+def median(samples: Iterable[Mapping[str, Any]], key: str) -> float | None:
+    """The median of a figure, None when the side failed."""
+    values = [sample[key] for sample in samples if key in sample]
+    return statistics.median(values) if values else None
+
+
+def ratio(ours: list[Mapping[str, Any]], theirs: list[Mapping[str, Any]], key: str) -> dict[str, float] | None:
+    """Ratio of a figure, repeat by repeat: median, least, greatest."""
+    pairs = [a[key] / b[key] for a, b in zip(ours, theirs, strict=False) if key in a and key in b and b[key]]
+    return {"median": statistics.median(pairs), "min": min(pairs), "max": max(pairs)} if pairs else None
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import torch
+    import transformers
+
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+    for name in ("peft", "trl"):
+        try:
+            versions[name] = __import__(name).__version__
+        except ImportError:
+            continue
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else _processor()
+    return {"device": device, "cores": os.cpu_count(), "versions": versions, "date": datetime.date.today().isoformat()}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def write(name: str, record: Mapping[str, Any], table: str) -> None:
+    """Write `bench/results/NAME.json` and `NAME.md`."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (RESULTS / f"{name}.md").write_text(table + "\n")
+    print(table)
