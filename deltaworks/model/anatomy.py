@@ -74,7 +74,7 @@ class Block:
         attention_out, cross_attention_out, mlp_out: the module whose output is what the sub-layer adds to the residual.
         mlp_in: the outermost module whose input is the input of the feed-forward sub-layer.
         attention_norm, cross_attention_norm, mlp_norm: the norm before the sub-layer when `pre_norm`, else the one
-            after its residual (or, as in OLMo 2, on its output).
+            after its residual (or, as in OLMo 2, on its output). A state-space mixer's norm is `attention_norm`.
         attention_post_norm, mlp_post_norm: a norm on the sub-layer's output, before the residual (Gemma 3).
         pre_norm: whether the sub-layers read a normalised copy of the residual stream.
         parallel: whether attention and feed-forward part read the same stream side by side.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .kinds import experts_shapes, linear_shape
-from .names import DOWN, MEGATRON, UP, means
+from .names import DOWN, GATE, MEGATRON, means
 from .trace import dummy_inputs, ghost, stub
 
 Rows = dict[str, tuple[int, ...]]
@@ -59,7 +59,7 @@ def ask_attention(model: nn.Module, layer: str, output: str) -> Rows:
     try:
         shell = ghost(model, "cpu")
         alike = _sensitivity(shell, layer, output, alike=True)
-        varied = _sensitivity(shell, layer, output, alike=False)
+        varied = _sensitivity(shell, layer, output)
     except Exception:  # any model may refuse to run on dummy inputs
         return {}
     value = alike > 1e-4 * alike.max()
@@ -68,8 +68,21 @@ def ask_attention(model: nn.Module, layer: str, output: str) -> Rows:
     return {part: tuple(mask.nonzero().flatten().tolist()) for part, mask in parts.items()}
 
 
-def _sensitivity(shell: nn.Module, layer: str, output: str, *, alike: bool) -> Tensor:
-    """|d result(last position) / d z(first position)| per row of z; z is the same at all positions when `alike`."""
+def ask_causal(model: nn.Module, layer: str, output: str) -> bool | None:
+    """Whether the first position's attention is blind to the last one's value; None when the model cannot be run.
+
+    `layer` makes the values (or all of queries, keys and values), `output` is the attention's output projection.
+    """
+    try:
+        return not bool(_sensitivity(ghost(model, "cpu"), layer, output, of=0, to=-1).any())
+    except Exception:  # as above
+        return None
+
+
+def _sensitivity(
+    shell: nn.Module, layer: str, output: str, *, of: int = -1, to: int = 0, alike: bool = False
+) -> Tensor:
+    """|d result(position `of`) / d z(position `to`)| per row of z; z is the same at all positions when `alike`."""
     module = shell.get_submodule(layer)
     fan_out = linear_shape(module)[0]
     generator = torch.Generator().manual_seed(0)
@@ -77,9 +90,8 @@ def _sensitivity(shell: nn.Module, layer: str, output: str, *, alike: bool) -> T
 
     def chosen(x: Tensor, *_: Any, **__: Any) -> Tensor:
         shape = (1,) * (x.ndim - 2) + (1 if alike else x.shape[-2], fan_out)
-        z = torch.randn(shape, generator=generator).expand(*x.shape[:-1], fan_out).clone().requires_grad_()
-        seen["z"] = z
-        return z
+        seen["z"] = torch.randn(shape, generator=generator).expand(*x.shape[:-1], fan_out).clone().requires_grad_()
+        return seen["z"]
 
     def reached(x: Tensor, *_: Any, **__: Any) -> Tensor:
         seen["result"] = x
@@ -95,8 +107,8 @@ def _sensitivity(shell: nn.Module, layer: str, output: str, *, alike: bool) -> T
             with torch.enable_grad(), torch.random.fork_rng(devices=[]):
                 shell(*args, **kwargs)
         except _Reached:
-            (gradient,) = torch.autograd.grad(seen["result"][..., -1, :].sum(), seen["z"])
-            return gradient[..., 0, :].abs().reshape(-1, fan_out).sum(0)
+            (gradient,) = torch.autograd.grad(seen["result"][..., of, :].sum(), seen["z"], allow_unused=False)
+            return gradient[..., to, :].abs().reshape(-1, fan_out).sum(0)
         except Exception as error:
             failure = error
     raise failure or RuntimeError(f"{output} is never called")
@@ -144,26 +156,24 @@ def experts_parts(module: nn.Module, hidden: int | None) -> dict[str, tuple[str,
 
     transformers' expert modules say of themselves whether they store `in x out` and whether gate and up alternate.
     """
-    found: dict[str, tuple[str, Rows]] = {}
-    shapes = experts_shapes(module)
     transposed = bool(getattr(module, "is_transposed", False))
-    for name, (_, rows, columns) in shapes.items():
-        fan_out, fan_in = (columns, rows) if transposed else (rows, columns)
-        others = [other for other in shapes if other != name]
-        if means(DOWN, name) or (fan_out == hidden and fan_in != hidden):
-            found[name] = ("down", {})
-        elif len(others) == 1 and not means(UP, name) and _is_double(fan_out, shapes[others[0]], hidden):
-            halves = (slice(None, fan_out // 2), slice(fan_out // 2, None))
+    shapes = {
+        name: (columns, rows) if transposed else (rows, columns)
+        for name, (_, rows, columns) in experts_shapes(module).items()
+    }
+    down = [name for name in shapes if means(DOWN, name)]
+    down = down or [name for name, (fan_out, fan_in) in shapes.items() if fan_out == hidden != fan_in]
+    inner = shapes[down[0]][1] if down else None
+    found: dict[str, tuple[str, Rows]] = {name: ("down", {}) for name in down[:1]}
+    for name, (fan_out, _) in shapes.items():
+        if name in found:
+            continue
+        if inner is not None and fan_out == 2 * inner:
+            halves = (slice(None, inner), slice(inner, None))
             if not getattr(module, "is_concatenated", True):
                 halves = (slice(None, None, 2), slice(1, None, 2))
             every = tuple(range(fan_out))
             found[name] = ("gate_up", {"gate": every[halves[0]], "up": every[halves[1]]})
         else:
-            found[name] = ("gate" if "gate" in name or name == "w1" else "up", {})
-        del fan_in
+            found[name] = ("gate" if means(GATE, name) else "up", {})
     return found
-
-
-def _is_double(fan_out: int, other: tuple[int, int, int], hidden: int | None) -> bool:
-    inner = other[2] if other[1] == hidden else other[1]
-    return fan_out == 2 * inner

@@ -22,6 +22,7 @@ DOWN = r"(?:\w+_)?down(?:_proj)?|w2|wo|fc2|c_proj|fc_out|lin2|linear2|dense_4h_t
 GATE_UP = r"gate_up(?:_proj)?|wi|fc1|w12|w1w3|gate_and_up|input_linear|w1|up_gate_proj"
 
 POSITION = re.compile(r"pos(?!t)|wpe|rel_|relative", re.I)
+RELATIVE = re.compile(r"rel_|relative", re.I)
 TOKEN_TYPE = re.compile(r"token_type|segment", re.I)
 HEAD = re.compile(r"head|classifier|score|lm_head|embed_out|cls|decoder|proj_out|qa_outputs|fc|output", re.I)
 CROSS = re.compile(r"cross|enc(?:oder)?_?dec|encoder_attn|encoder_attention", re.I)

@@ -12,7 +12,7 @@ from torch import nn
 
 from . import names
 from .anatomy import Anatomy, Block, Site, Stack
-from .fused import experts_parts, gate_up_rows, qkv_rows
+from .fused import ask_causal, experts_parts, gate_up_rows, qkv_rows
 from .kinds import base_modules, experts_shapes, is_conv, is_embedding, is_linear, is_norm, linear_shape, own
 from .names import means
 from .trace import Call, Key, Trace, trace
@@ -81,6 +81,7 @@ class _Survey:
         self.norm_role: dict[str, str] = {}
         self.rows: dict[str, dict[str, tuple[int, ...]]] = {}
         self.uncalled: set[str] = set()
+        self.asked: dict[Any, Any] = {}  # answers of modules that were run, by their class and sizes
 
     # The whole.
 
@@ -173,8 +174,11 @@ class _Survey:
                 self.role[layer] = f"mlp.{role}"
                 unit.mlp.setdefault(role, []).append(layer)
             if (fused := roles.get("gate_up")) is not None:
-                rows = gate_up_rows(self._get(fused.rpartition(".")[0]), self._get(fused), self._get(roles["down"]))
-                self.rows[fused] = rows
+                around = self._get(fused.rpartition(".")[0])
+                question = (type(around), linear[fused])
+                if question not in self.asked:
+                    self.asked[question] = gate_up_rows(around, self._get(fused), self._get(roles["down"]))
+                self.rows[fused] = self.asked[question]
         for name, module in inside:
             if is_conv(module) and name not in self.role:
                 self.role[name] = "conv"
@@ -287,11 +291,14 @@ class _Survey:
             return
         heads, kv_heads, head_dim = self._heads(core)
         if heads and kv_heads and head_dim:
-            output = core.first("output")
-            self.rows[layer] = qkv_rows(
-                self.model, layer, output, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
-                fan_out=linear_shape(self._get(layer))[0],
-            )  # fmt: skip
+            sizes = {
+                "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim,
+                "fan_out": linear_shape(self._get(layer))[0],
+            }  # fmt: skip
+            question = (type(module), *sizes.values())
+            if question not in self.asked:
+                self.asked[question] = qkv_rows(self.model, layer, core.first("output"), **sizes)
+            self.rows[layer] = self.asked[question]
 
     def _heads(self, core: _Core) -> tuple[int | None, int | None, int | None]:
         """`(heads, key-value heads, head width)`: widths of layers where they tell, attributes where they must."""
@@ -635,13 +642,22 @@ class _Survey:
         if core is None:
             return unit.ssm is not None
         told = getattr(self._get(core.path), "is_causal", None)
-        if isinstance(told, bool):
-            return told
-        decoder = getattr(self.config, "is_decoder", None)
-        if isinstance(decoder, bool) and "decoder" not in core.path:
-            return decoder
-        forward = inspect.signature(type(self.model).forward).parameters
-        return "encoder" not in core.path and "past_key_values" in forward
+        question = (type(self._get(core.path)), unit.path.rpartition(".")[0], told)
+        if question not in self.asked:
+            self.asked[question] = self._ask_causal(core, told)
+        return self.asked[question]
+
+    def _ask_causal(self, core: _Core, told: Any) -> bool:
+        """Modules that say they are causal are believed; others may be given a causal mask from outside."""
+        if told is True:
+            return True
+        values, output = core.first("value", "qkv"), core.first("output")
+        sees_tokens = getattr(self.model, "main_input_name", "") != "pixel_values"
+        if values and output and sees_tokens and not re.search(r"vision|visual", core.path, re.I):
+            answer = ask_causal(self.model, values, output)
+            if answer is not None:
+                return answer
+        return told if isinstance(told, bool) else bool(getattr(self.config, "is_decoder", "decoder" in core.path))
 
     def _stack_name(self, container: str, units: list[_Unit]) -> str:
         parts = container.lower()
@@ -717,6 +733,7 @@ class _Survey:
                 found.append(path)
             elif not is_embedding(module) and any(names.POSITION.search(name) for name in own(module)):
                 found.append(path)
+        found = [path for path in found if not names.RELATIVE.search(path.rpartition(".")[2])] or found
 
         def nearness(path: str) -> int:
             ours, theirs = container.split("."), path.split(".")
@@ -738,7 +755,7 @@ class _Survey:
 
     def _outside(self, found: Anatomy, containers: list[str]) -> None:
         """Everything outside the blocks: embeddings, positions, heads, poolers and norms."""
-        model, stacks = self.model, found.stacks
+        stacks = found.stacks
         found.is_encoder_decoder = bool(getattr(self.config, "is_encoder_decoder", False))
         found.causal = bool(stacks) and stacks[-1].causal
         found.hidden_size = found.blocks[0].hidden_size if found.blocks else _integer([self.config], ("hidden_size",))
@@ -756,6 +773,11 @@ class _Survey:
             elif is_conv(module):
                 self.role[path] = "patch" if re.search("patch|embed", path, re.I) else "stem" if found.blocks else "conv"
         embeddings = [path for path, role in self.role.items() if role == "embedding"]
+        if self.trace.error is None:
+            # T5 and BART keep a copy of the shared table that nobody calls.
+            for path in [path for path in embeddings if self.trace.first(path) is None]:
+                del self.role[path]
+                embeddings.remove(path)
         found.embedding = next((path for path in embeddings if path in tokens), embeddings[0] if embeddings else None)
         found.position = next((stack.position for stack in stacks if stack.position), self._position(""))
         self._head(found, outside)
@@ -774,7 +796,6 @@ class _Survey:
                 and "." in found.head
             )  # fmt: skip
             self.norm_role[path] = "norm.head" if after or headed else "norm.embedding" if first else "norm.other"
-        _ = model
 
     def _head(self, found: Anatomy, outside: dict[str, nn.Module]) -> None:
         model = self.model
