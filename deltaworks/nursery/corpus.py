@@ -11,6 +11,7 @@ import sysconfig
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -70,7 +71,8 @@ def topics() -> Iterator[Document]:
         yield Document("pydoc_data", f"topics/{name}", text)
 
 
-def documents(split: Split) -> list[Document]:
+@cache
+def documents(split: Split) -> tuple[Document, ...]:
     """Every text of one side of the division; the language reference belongs to the training side."""
-    found = [document for document in sources() if split_of(document.module) == split]
-    return found + list(topics()) if split == "train" else found
+    found = (document for document in sources() if split_of(document.module) == split)
+    return (*found, *topics()) if split == "train" else tuple(found)
