@@ -1,0 +1,197 @@
+"""Reading files nobody vouches for, and replacing a folder in one step.
+
+What is read here may be damaged or hostile: sizes, nesting, links and file types are checked before anything is used,
+nothing is unpickled, and every refusal is one line that names the file. What is written appears at its place complete
+and flushed to the disk, or not at all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+JSON_LIMIT = 64 << 20
+"""Largest JSON file that is read, in bytes; real ones have some kilobytes."""
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_EXCHANGE = 2  # renameat2's RENAME_EXCHANGE
+_HERE = -100  # AT_FDCWD
+
+
+def refuse(file: Path | str, reason: object) -> NoReturn:
+    """Raise the one error a bad file gives: its name and the reason, in one line."""
+    text = " ".join(str(reason).split())
+    raise ValueError(f"{file}: {text if len(text) <= 400 else text[:397] + '...'}")
+
+
+def inside(folder: Path, name: str) -> Path | None:
+    """The file `name` of a folder, its links followed; None when there is none.
+
+    Raises:
+        ValueError: for a link that leads out of the folder, and for anything that is not a plain file.
+    """
+    file = folder / name
+    if not os.path.lexists(file):
+        return None
+    real, home = file.resolve(), folder.resolve()
+    if not any(real.is_relative_to(root) for root in (home, *_cache(home))):
+        refuse(file, f"is a link that leaves its folder, to {real}; copy the file itself")
+    if not real.exists():
+        refuse(file, f"is a link to {real}, which does not exist")
+    if not stat.S_ISREG(real.stat().st_mode):
+        refuse(file, "is not a file")
+    return real
+
+
+def _cache(home: Path) -> Iterable[Path]:
+    # A download of huggingface_hub is a folder of links into the blobs of the same repository.
+    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
+        yield home.parent.parent / "blobs"
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file that is one object, read strictly: no doubled keys, no values that are not finite.
+
+    Raises:
+        ValueError: when it is anything else.
+    """
+    size = file.stat().st_size
+    if size > JSON_LIMIT:
+        refuse(file, f"has {size:,} bytes; at most {JSON_LIMIT:,} are read")
+    return parse_object(file, file.read_bytes())
+
+
+def parse_object(file: Path, text: bytes) -> dict[str, Any]:
+    """`text` as one JSON object; `file` is what an error names."""
+    try:
+        found = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
+        )
+    except RecursionError:
+        refuse(file, "is nested too deeply")
+    except ValueError as error:
+        refuse(file, f"is not valid JSON: {error}")
+    if not isinstance(found, dict):
+        refuse(file, f"must hold one JSON object, not {type(found).__name__}")
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(
+            f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in one object"
+        )
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is too large for a number")
+    return value
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write one object, indented, the same bytes for the same content."""
+    file.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+class Replacement:
+    """A folder being written beside `target`, which takes its place when everything is on the disk.
+
+    Used as a context manager: the block fills `folder`; when it ends without an error the folder becomes `target` in
+    one step of the file system, otherwise it disappears. Files in an existing `target` that are not called by one of
+    `own` stay.
+    """
+
+    def __init__(self, target: Path | str, own: Iterable[str]) -> None:
+        self.target, self.own = Path(os.path.abspath(target)), set(own)
+
+    def __enter__(self) -> Path:
+        if os.path.lexists(self.target) and not self.target.is_dir():
+            raise FileExistsError(f"{self.target}: is a file; an adapter is saved as a folder")
+        if self.target.is_symlink():
+            self.target = self.target.resolve()
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self.folder = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.", suffix=".new", dir=self.target.parent))
+        return self.folder
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            if kind is None:
+                self._commit()
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _commit(self) -> None:
+        there = self.target.is_dir()
+        if there:
+            self._keep_others()
+        mask = os.umask(0)
+        os.umask(mask)
+        self.folder.chmod(stat.S_IMODE(self.target.stat().st_mode) if there else 0o777 & ~mask)
+        for file in self.folder.iterdir():
+            if file.is_file() and not file.is_symlink():
+                _flush(file)
+        _flush(self.folder)
+        if not there:
+            os.rename(self.folder, self.target)
+        elif not _exchange(self.folder, self.target):
+            # Without an exchange in one step: the old folder is complete until it is set aside, the new one from then.
+            aside = self.folder.with_suffix(".old")
+            os.rename(self.target, aside)
+            os.rename(self.folder, self.target)
+            shutil.rmtree(aside, ignore_errors=True)
+        _flush(self.target.parent)
+
+    def _keep_others(self) -> None:
+        for item in self.target.iterdir():
+            if item.name in self.own:
+                continue
+            new = self.folder / item.name
+            if item.is_symlink():
+                new.symlink_to(os.readlink(item))
+            elif item.is_dir():
+                shutil.copytree(item, new, symlinks=True, copy_function=_link)
+            else:
+                _link(str(item), str(new))
+
+
+def _link(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
+
+
+def _flush(path: Path) -> None:
+    if os.name == "nt":
+        return  # folders cannot be flushed there, and files are when they are closed
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step; False where the system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return rename is not None and rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
