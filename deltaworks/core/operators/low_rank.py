@@ -22,20 +22,23 @@ class Factored(Delta):
     A subclass sets the attributes and defines `factors`; products with activations, embeddings and convolutions follow.
 
     Attributes:
-        rank: number of rows of A.
         scale: multiplies the product.
         dropout: probability of zeroing an input feature of the branch in training.
         train_a: whether anything in A receives gradients.
     """
 
     lean = True
-    rank: int
     scale: float
     dropout: float = 0.0
     train_a: bool = True
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (`rank x in`) and B (`out x rank`), differentiable where they train."""
+        raise NotImplementedError
+
+    @property
+    def rank(self) -> int:
+        """Inner dimension of the product."""
         raise NotImplementedError
 
     def dense(self) -> Tensor:
@@ -52,20 +55,20 @@ class Factored(Delta):
 
     def side(self, x: Tensor) -> Tensor:
         a, b = self.factors()
-        u = (self._dropped(x) @ a.to(x.dtype).T) @ b.to(x.dtype).T
+        u = (dropped(self, x) @ a.to(x.dtype).T) @ b.to(x.dtype).T
         return u * self.scale if self.scale != 1.0 else u
 
     def act(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
         if plain(self, x) and y.dtype == x.dtype and y.is_contiguous():
-            kept, scale = self.kept(x)
-            return _LowRankAdd.apply(y, x, *self.factors(), scale, kept)  # type: ignore[return-value]
+            survive, scale = kept(self, x)
+            return _LowRankAdd.apply(y, x, *self.factors(), scale, survive)  # type: ignore[return-value]
         return y + self.side(x).to(y.dtype)
 
     def with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         if not plain(self, x) or weight.dtype != x.dtype:
             return None
-        kept, scale = self.kept(x)
-        return _LowRankLinear.apply(x, weight, bias, *self.factors(), scale, kept)  # type: ignore[return-value]
+        survive, scale = kept(self, x)
+        return _LowRankLinear.apply(x, weight, bias, *self.factors(), scale, survive)  # type: ignore[return-value]
 
     def look_up(self, tokens: Tensor, layer: nn.Embedding) -> Tensor:
         """The change of an embedding's output, for token ids."""
@@ -74,7 +77,7 @@ class Factored(Delta):
 
     def convolve(self, x: Tensor, layer: nn.Module) -> Tensor:
         """The change of a convolution's output: a convolution to `rank` channels, then a pointwise one."""
-        x = self._dropped(x)
+        x = dropped(self, x)
         a, b = self.factors()
         kernel = a.to(x.dtype).unflatten(1, layer.weight.shape[1:])  # type: ignore[union-attr]
         functional = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}[kernel.dim() - 2]
@@ -83,18 +86,26 @@ class Factored(Delta):
         z = functional(x, kernel, None, layer.stride, layer.padding, layer.dilation)  # type: ignore[union-attr]
         return self.scale * functional(z, b.to(x.dtype).reshape(*b.shape, *[1] * (kernel.dim() - 2)))
 
-    def kept(self, x: Tensor) -> tuple[Tensor | None, float]:
-        """Which input features survive dropout (None: all), and the scale that makes up for those that do not.
 
-        One byte an element and no second copy of `x`, which is all that backward needs.
-        """
-        if not (self.dropout and self.training):
-            return None, self.scale
-        kept = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - self.dropout)
-        return kept, self.scale / (1 - self.dropout)
+def kept(part: Any, x: Tensor) -> tuple[Tensor | None, float]:
+    """Which input features survive a part's dropout (None: all), and the scale that makes up for those that do not.
 
-    def _dropped(self, x: Tensor) -> Tensor:
-        return nn.functional.dropout(x, self.dropout) if self.dropout and self.training else x
+    One byte an element and no second copy of `x`, which is all that backward needs.
+    """
+    if not (part.dropout and part.training):
+        return None, part.scale
+    survive = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - part.dropout)
+    return survive, part.scale / (1 - part.dropout)
+
+
+def dropped(part: Any, x: Tensor) -> Tensor:
+    """`x` after a part's dropout, for the paths that autograd differentiates."""
+    return nn.functional.dropout(x, part.dropout) if part.dropout and part.training else x
+
+
+def branch_input(x: Tensor, survive: Tensor | None) -> Tensor:
+    """The branch's input as a matrix, `tokens x in`."""
+    return (x if survive is None else x * survive).reshape(-1, x.shape[-1])
 
 
 def plain(delta: Delta, x: Tensor) -> bool:
@@ -138,13 +149,17 @@ class LowRank(Factored):
     ) -> None:
         super().__init__()
         if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
-            raise ValueError(f"factors A {list(a.shape)} and B {list(b.shape)} do not have one rank; A is r x in, B out x r")
+            shapes = f"A {list(a.shape)} and B {list(b.shape)}"
+            raise ValueError(f"factors {shapes} do not have one rank; A is r x in, B out x r")
         self.a = nn.Parameter(a, requires_grad=train_a)
         self.b = nn.Parameter(b, requires_grad=train_b)
-        self.rank = a.shape[0]
         self.scale, self.dropout, self.train_a, self.train_b = float(scale), float(dropout), train_a, train_b
         self.a0 = None if a0 is None else nn.Parameter(a0, requires_grad=False)
         self.b0 = None if b0 is None else nn.Parameter(b0, requires_grad=False)
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0] if self.a0 is None else 2 * self.a.shape[0]
 
     def factors(self) -> tuple[Tensor, Tensor]:
         if self.a0 is None or self.b0 is None:
@@ -163,16 +178,13 @@ def _by_weight(delta: Delta, x: Tensor, layer: Any) -> Tensor:
     return layer._conv_forward(x, kernel, None)
 
 
-def _flat(x: Tensor, kept: Tensor | None) -> Tensor:
-    """The branch's input as a matrix, `tokens x in`."""
-    return (x if kept is None else x * kept).reshape(-1, x.shape[-1])
-
-
-def _branch_gradients(ctx: Any, g: Tensor, x: Tensor | None, kept: Tensor | None, z: Tensor | None, a: Tensor, b: Tensor):  # noqa: ANN202
+def _branch_gradients(
+    ctx: Any, g: Tensor, x: Tensor | None, survive: Tensor | None, z: Tensor | None, a: Tensor, b: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the branch, each only if needed: (scale g B, dA, dB)."""
     need_x, need_a, need_b = ctx.needed
     gb = (g @ b.to(g.dtype)).mul_(ctx.scale) if need_x or need_a else None
-    da = (gb.T @ _flat(x, kept)).to(a.dtype) if need_a and gb is not None and x is not None else None
+    da = (gb.T @ branch_input(x, survive)).to(a.dtype) if need_a and gb is not None and x is not None else None
     db = (g.T @ z).mul_(ctx.scale).to(b.dtype) if need_b and z is not None else None
     return gb, da, db
 
@@ -189,31 +201,31 @@ class _LowRankLinear(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         scale: float,
-        kept: Tensor | None,
+        survive: Tensor | None,
     ) -> Tensor:
-        z = _flat(x, kept) @ a.to(x.dtype).T
+        z = branch_input(x, survive) @ a.to(x.dtype).T
         y = nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, bias)
         y.addmm_(z, b.to(x.dtype).T, alpha=scale)
         ctx.scale, ctx.needed = scale, (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:5])
         need_x, need_a, need_b = ctx.needed
         ctx.save_for_backward(
-            x if need_a else None, kept if need_a or need_x else None, z if need_b else None, weight, a, b
+            x if need_a else None, survive if need_a or need_x else None, z if need_b else None, weight, a, b
         )
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, kept, z, weight, a, b = ctx.saved_tensors
+        x, survive, z, weight, a, b = ctx.saved_tensors
         g = gradients[0].reshape(-1, gradients[0].shape[-1])
-        gb, da, db = _branch_gradients(ctx, g, x, kept, z, a, b)
+        gb, da, db = _branch_gradients(ctx, g, x, survive, z, a, b)
         dx = None
         if ctx.needed[0] and gb is not None:
             dx = g @ weight
-            if kept is None:
+            if survive is None:
                 dx.addmm_(gb, a.to(g.dtype))
             else:
-                dx.addcmul_(gb @ a.to(g.dtype), kept.view_as(dx).to(g.dtype))
+                dx.addcmul_(gb @ a.to(g.dtype), survive.view_as(dx).to(g.dtype))
             dx = dx.view(*gradients[0].shape[:-1], weight.shape[-1])
         return dx, None, None, da, db, None, None
 
@@ -225,23 +237,23 @@ class _LowRankAdd(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, kept: Tensor | None) -> Tensor:
-        z = _flat(x, kept) @ a.to(x.dtype).T
+    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, survive: Tensor | None) -> Tensor:
+        z = branch_input(x, survive) @ a.to(x.dtype).T
         y.view(-1, y.shape[-1]).addmm_(z, b.to(x.dtype).T, alpha=scale)
         ctx.mark_dirty(y)
         ctx.scale, ctx.needed = scale, ctx.needs_input_grad[1:4]
         need_x, need_a, need_b = ctx.needed
-        ctx.save_for_backward(x if need_a else None, kept if need_a or need_x else None, z if need_b else None, a, b)
+        ctx.save_for_backward(x if need_a else None, survive if need_a or need_x else None, z if need_b else None, a, b)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, kept, z, a, b = ctx.saved_tensors
+        x, survive, z, a, b = ctx.saved_tensors
         g = gradients[0].reshape(-1, gradients[0].shape[-1])
-        gb, da, db = _branch_gradients(ctx, g, x, kept, z, a, b)
+        gb, da, db = _branch_gradients(ctx, g, x, survive, z, a, b)
         dx = None
         if ctx.needed[0] and gb is not None:
             dx = (gb @ a.to(g.dtype)).view(*gradients[0].shape[:-1], a.shape[-1])
-            dx = dx if kept is None else dx.mul_(kept)
+            dx = dx if survive is None else dx.mul_(survive)
         return gradients[0], dx, da, db, None, None
