@@ -184,7 +184,7 @@ def test_a_hub_name_that_cannot_be_loaded_is_one_line(monkeypatch):
         raise ConnectionError("Couldn't reach the Hub\nlong trace")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(ValueError, match="somebody/something: no local file.*Couldn't reach the Hub") as stopped:
+    with pytest.raises(ValueError, match=r"somebody/something: no local file.*Couldn't reach the Hub") as stopped:
         load("somebody/something")
     assert "\n" not in str(stopped.value)
 
