@@ -41,6 +41,7 @@ class Method:
         exact_gradient: the gradient is the derivative of the loss (not so where the paper detaches something).
         default_lr: a learning rate to begin with, the sheet's or the field's usual one.
         refuses: kinds of bases it cannot work on, as the tests name them; everything else it must.
+        overridable: `overrides` mean something to it.
 
     Attributes:
         overrides: other hyper-parameters at some places: regular expression over module names -> settings. What PEFT
@@ -56,11 +57,14 @@ class Method:
     exact_gradient: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-3
     refuses: ClassVar[tuple[str, ...]] = ()
+    overridable: ClassVar[bool] = True
 
     overrides: dict[str, dict[str, Any]] = fields.mapping("other hyper-parameters where a module name matches a pattern")
 
     def __post_init__(self) -> None:
         fields.checked(self)
+        if self.overrides and not self.overridable:
+            raise ValueError(f"{self.slug} is the same at all its places; it takes no overrides, {self.overrides!r} was given")
         for pattern, settings in self.overrides.items():
             try:
                 re.compile(pattern)
