@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..model.anatomy import Anatomy, Site, describe
+from ..model.kinds import GRAFT
 from ..model.weights import Weight, consumes, is_quantised
 from .graft import Graft, Switchboard, graft, graft_of, ungraft
 from .method import Batches, Method, Placed, label
@@ -118,20 +119,18 @@ def attach(
 
 
 def unfreeze(base: Anatomy, on: object) -> Iterator[Placed]:
-    """Parts that train the base's own parameters at some sites."""
+    """Parts that train the base's own parameters at some sites and below, each parameter once."""
+    seen: set[int] = set()
     for site in base.select(on, what="module"):
-        module = base.model.get_submodule(site.path)
-        for parameter in module._parameters:
-            if module._parameters[parameter] is not None:
-                own = Site(path=site.path, role=site.role, kind=site.kind, parameter=parameter, block=site.block)
-                yield Placed(own, Trained(), f"trained_{parameter}")
-        for path, child in module.named_modules():
-            if path and "deltaworks" not in path.split("."):
-                for parameter in child._parameters:
-                    if child._parameters[parameter] is not None:
-                        full = f"{site.path}.{path}" if site.path else path
-                        own = Site(path=full, role=site.role, kind=site.kind, parameter=parameter, block=site.block)
-                        yield Placed(own, Trained(), f"trained_{parameter}")
+        for path, module in base.model.get_submodule(site.path).named_modules():
+            if GRAFT in path.split("."):
+                continue
+            for name, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    full = ".".join(part for part in (site.path, path) if part)
+                    own = Site(path=full, role=site.role, kind=site.kind, parameter=name, block=site.block)
+                    yield Placed(own, Trained(), f"trained_{name}")
 
 
 def install(
