@@ -1,0 +1,115 @@
+"""Optimisation steps made of forward passes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .rule import Rule, Run
+
+if TYPE_CHECKING:
+    from .tuned import Tuned
+
+Moving = Sequence[tuple[nn.Parameter, float]]
+"""Tensors that move, each with its learning rate's factor."""
+
+
+class ZerothOrder(Rule):
+    """Simultaneous perturbation (SPSA): two losses along a random direction stand for the gradient.
+
+    The direction is made from a seed as often as it is needed and never kept. Parameters move in place: out by `eps`,
+    back by `2 eps`, and home again; the small rounding this leaves is the same in every replay.
+
+    Attributes:
+        log: seed, projected gradient and learning rate of every step so far.
+    """
+
+    owns_step = True
+
+    def __init__(self, eps: float, *, weight_decay: float = 0.0) -> None:
+        self.eps, self.weight_decay = eps, weight_decay
+        self.generator = torch.Generator()
+        self.log: list[tuple[int, float, float]] = []
+
+    def attached(self, run: Run) -> None:
+        self.generator.manual_seed(run.seed)
+
+    @torch.no_grad()
+    def own_step(self, run: Run, loss: Callable[[], Tensor], lr: float) -> Tensor:
+        moving = _moving(run.tuned)
+        seed = int(torch.randint(2**62, (), generator=self.generator))
+        training = [module for module in run.tuned.model.modules() if module.training]
+        run.tuned.model.eval()
+        try:
+            _move(moving, seed, self.eps)
+            above = _everywhere(loss())
+            _move(moving, seed, -2 * self.eps)
+            below = _everywhere(loss())
+            _move(moving, seed, self.eps)
+        finally:
+            for module in training:
+                module.training = True
+        slope = float((above - below) / (2 * self.eps))
+        self._update(moving, seed, slope, lr)
+        self.log.append((seed, slope, lr))
+        run.record("mezo.projected_gradient", slope)
+        return (above + below) / 2
+
+    @torch.no_grad()
+    def replay(self, tuned: Tuned, log: Iterable[tuple[int, float, float]]) -> None:
+        """Make logged steps again without any data: from the same start to the same parameters, bit for bit.
+
+        Args:
+            tuned: the adapter as it was before the first of these steps.
+            log: `(seed, projected gradient, learning rate)` of each step, as in `log`.
+        """
+        moving = _moving(tuned)
+        for seed, slope, lr in log:
+            for distance in (self.eps, -2 * self.eps, self.eps):
+                _move(moving, seed, distance)
+            self._update(moving, seed, slope, lr)
+
+    def _update(self, moving: Moving, seed: int, slope: float, lr: float) -> None:
+        for (parameter, rate), z in zip(moving, _directions(moving, seed), strict=True):
+            if self.weight_decay and parameter.dim() > 1:
+                parameter.mul_(1 - lr * rate * self.weight_decay)
+            parameter.add_(z, alpha=-lr * rate * slope)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"log": self.log, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.log = [(int(seed), float(slope), float(lr)) for seed, slope, lr in state["log"]]
+        self.generator.set_state(state["generator"])
+
+
+def _moving(tuned: Tuned) -> Moving:
+    return [(parameter, group["lr"]) for group in tuned.parameter_groups(1.0) for parameter in group["params"]]
+
+
+def _directions(moving: Moving, seed: int) -> Iterator[Tensor]:
+    """z for one tensor after the other, from one generator a device."""
+    generators: dict[torch.device, torch.Generator] = {}
+    for parameter, _ in moving:
+        if parameter.device not in generators:
+            generators[parameter.device] = torch.Generator(parameter.device).manual_seed(seed)
+        yield torch.randn(
+            parameter.shape, generator=generators[parameter.device], device=parameter.device, dtype=parameter.dtype
+        )
+
+
+def _move(moving: Moving, seed: int, distance: float) -> None:
+    for (parameter, _), z in zip(moving, _directions(moving, seed), strict=True):
+        parameter.add_(z, alpha=distance)
+
+
+def _everywhere(loss: Tensor) -> Tensor:
+    """The loss over the batches of all processes, so that all of them make the same step."""
+    loss = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(loss)
+        loss = loss / torch.distributed.get_world_size()
+    return loss
