@@ -214,20 +214,30 @@ def activate(model: nn.Module, names: str | Sequence[str] | None) -> None:
         _known(model, name)
     if state.board.merged:
         raise ValueError(f"{', '.join(state.board.merged)} is merged into the base; call dw.unmerge(model) first")
-    for name in state.board.active:
-        if name not in chosen:
-            _trained(model, name, enter=False)
-    for name in chosen:
-        if name not in state.board.active:
-            _trained(model, name, enter=True)
+    if chosen != state.board.active:
+        _leave(model, state.board.active)
+        _enter(model, chosen)
     state.board.active = chosen
 
 
-def _trained(model: nn.Module, name: str, *, enter: bool) -> None:
+def _enter(model: nn.Module, names: Sequence[str]) -> None:
+    """Put the adapters' own values of base parameters into the model; of one parameter the last adapter's counts."""
+    for name in names:
+        for part, parameter in _trained(model, name):
+            part.enter(parameter)
+
+
+def _leave(model: nn.Module, names: Sequence[str]) -> None:
+    """Take them out again, in the opposite order: each gives back what it found."""
+    for name in reversed(names):
+        for part, parameter in _trained(model, name):
+            part.leave(parameter)
+
+
+def _trained(model: nn.Module, name: str) -> Iterator[tuple[Trained, nn.Parameter]]:
     for _, part in named_parts(model, name):
         if isinstance(part, Trained):
-            parameter = model.get_submodule(part.site.path).get_parameter(part.site.parameter or "weight")
-            (part.enter if enter else part.leave)(parameter)
+            yield part, model.get_submodule(part.site.path).get_parameter(part.site.parameter or "weight")
 
 
 @contextlib.contextmanager
@@ -241,14 +251,12 @@ def disable(model: nn.Module) -> Iterator[nn.Module]:
     if merged:
         unmerge(model)
     state.board.enabled = False
-    for name in state.board.active:
-        _trained(model, name, enter=False)
+    _leave(model, state.board.active)
     try:
         yield model
     finally:
         state.board.enabled = True
-        for name in state.board.active:
-            _trained(model, name, enter=True)
+        _enter(model, state.board.active)
         if merged:
             merge(model)
 
@@ -419,9 +427,9 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     names = list(state.adapters) if name is None else [_known(model, name)]
     if state.board.merged:
         unmerge(model)
+    active = tuple(one for one in state.board.active if one not in names)
+    _leave(model, state.board.active)
     for one in names:
-        if one in state.board.active:
-            _trained(model, one, enter=False)
         for path, _ in state.adapters[one].places:
             module = model.get_submodule(path)
             found = graft_of(module)
@@ -430,7 +438,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
                 if not found._modules:
                     ungraft(module)
         del state.adapters[one]
-        state.board.active = tuple(other for other in state.board.active if other != one)
+    _enter(model, active)
+    state.board.active = active
     if not state.adapters:
         for path, parameter in model.named_parameters():
             if path in state.flags:
