@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.families import FAMILIES
 
 import deltaworks as dw
+from tests.families import FAMILIES
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "bert", "t5", "mixtral", "mamba", "vit", "cnn"])

@@ -9,11 +9,11 @@ from collections import Counter
 import pytest
 import torch
 import transformers as hf
-from tests.families import DECODER, FAMILIES
 from torch import nn
 
 import deltaworks as dw
 from deltaworks.core.rule import Rules
+from tests.families import DECODER, FAMILIES
 
 BLOCKS = 4
 
@@ -126,7 +126,7 @@ def test_all_train_again_when_it_is_finished() -> None:
 
 
 def test_more_blocks_than_there_are_is_refused() -> None:
-    with pytest.raises(ValueError, match="layers=5 .* has 4; give at most that many"):
+    with pytest.raises(ValueError, match=r"layers=5 .* has 4; give at most that many"):
         deep(layers=5)
-    with pytest.raises(ValueError, match="Cnn has 0|Cnn has 2"):
+    with pytest.raises(ValueError, match=r"Cnn has 0|Cnn has 2"):
         dw.attach(FAMILIES["cnn"]()[0], dw.LISA(layers=3))

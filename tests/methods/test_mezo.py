@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from tests.families import FAMILIES
 from torch import Tensor, nn
 
 import deltaworks as dw
 from deltaworks.core.rule import Run
 from deltaworks.core.zeroth_order import ZerothOrder
+from tests.families import FAMILIES
 
 
 class Quadratic(nn.Module):

@@ -42,7 +42,7 @@ class MeZO(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.inner  # noqa: B018 - a wrong name or setting must show here, not when attaching
+        _ = self.inner  # a wrong name or setting must show here, not when attaching
 
     @property
     def inner(self) -> Method:
@@ -53,7 +53,7 @@ class MeZO(Method):
         """
         inner = make(self.over, **self.settings_of_over)
         if inner.needs_data:
-            raise ValueError(f"mezo: over={self.over!r} measures data before it attaches; take full, lora or prefix_tuning")
+            raise ValueError(f"mezo: over={self.over!r} measures data first; take full, lora or prefix_tuning")
         for rule in inner.rules():
             if rule.owns_step or type(rule).gradients is not Rule.gradients:
                 raise ValueError(f"mezo: over={self.over!r} lives on gradients, of which mezo computes none; take lora")
