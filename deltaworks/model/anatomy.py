@@ -26,6 +26,9 @@ from torch import nn
 
 What = Literal["weight", "module"]
 
+FRESH = "_deltaworks_fresh"
+"""Attribute with the paths of a loaded model's modules that its checkpoint had no values for."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -148,7 +151,8 @@ class Anatomy:
         hidden_size: width of the residual stream (of the first stack, where there are several).
         embedding, position: the token embedding and the learned position embedding.
         head: the layer that makes the logits.
-        head_new: the modules of a head that pre-training does not give, such as a classifier: they must be trained.
+        head_new: modules that pre-training does not give, such as a classifier, and those the checkpoint had no values
+            for: they must be trained.
         tied: whether the head uses the embedding's weight.
         final_norms: the norms after the last blocks.
         is_encoder_decoder, causal: what the model says of itself; causal: every later token is hidden from earlier ones

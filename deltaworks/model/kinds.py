@@ -51,7 +51,7 @@ def is_norm(module: nn.Module) -> bool:
 
 def own(module: nn.Module) -> dict[str, Tensor]:
     """The module's own parameters by name, those of its children not among them."""
-    return {name: value for name, value in module.named_parameters(recurse=False, remove_duplicate=False)}
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
 
 
 def experts_shapes(module: nn.Module) -> dict[str, tuple[int, int, int]]:

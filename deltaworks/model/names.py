@@ -13,7 +13,9 @@ KEY = r"(?:to_|linear_|w|c_)?(?:k|key)(?:_(?:proj|projection|lin|linear|layer))?
 VALUE = r"(?:to_|linear_|w|c_)?(?:v|value)(?:_(?:proj|projection|lin|linear|layer))?"
 KEY_VALUE = r"(?:to_|w|c_)?kv(?:_(?:proj|lin|linear|layer|[ab]_proj|a_proj_with_mqa))?"
 FUSED_QKV = r"(?:to_|w|attn_|in_proj_|c_)?(?:qkv|c_attn|query_key_value)(?:_(?:proj|projection|lin|linear|layer))?"
-OUTPUT = r"(?:to_|w|c_|attn_|self_)?(?:o|out|output|proj|dense)(?:_(?:proj|projection|lin|linear|layer|dense))?|\w*o_proj"
+OUTPUT = (
+    r"(?:to_|w|c_|attn_|self_)?(?:o|out|output|proj|dense)(?:_(?:proj|projection|lin|linear|layer|dense))?|\w*o_proj"
+)
 POSITION_KEY = r"pos_(?:key|query|proj|q|k)(?:_proj)?|(?:linear|r|relative)_pos\w*|relative_key_proj"
 
 GATE = r"(?:\w+_)?gate(?:_proj)?|w1|wi_0|linear_1|gating\w*"

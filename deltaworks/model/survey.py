@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from . import names
-from .anatomy import Anatomy, Block, Site, Stack
+from .anatomy import FRESH, Anatomy, Block, Site, Stack
 from .fused import ask_causal, experts_parts, gate_up_rows, qkv_rows
 from .kinds import base_modules, experts_shapes, is_conv, is_embedding, is_linear, is_norm, linear_shape, own
 from .names import means
@@ -285,7 +285,9 @@ class _Survey:
         module = self._get(core.path)
         if isinstance(module, nn.MultiheadAttention):
             width = module.embed_dim
-            thirds = {part: tuple(range(i * width, (i + 1) * width)) for i, part in enumerate(("query", "key", "value"))}
+            thirds = {
+                part: tuple(range(i * width, (i + 1) * width)) for i, part in enumerate(("query", "key", "value"))
+            }
             self.rows[core.path] = thirds
         if layer is None:
             return
@@ -729,9 +731,8 @@ class _Survey:
         for path, module in self.modules.items():
             if self._in_block(path):
                 continue
-            if is_embedding(module) and names.POSITION.search(path.rpartition(".")[2]):
-                found.append(path)
-            elif not is_embedding(module) and any(names.POSITION.search(name) for name in own(module)):
+            hints = [path.rpartition(".")[2]] if is_embedding(module) else list(own(module))
+            if any(names.POSITION.search(hint) for hint in hints):
                 found.append(path)
         found = [path for path in found if not names.RELATIVE.search(path.rpartition(".")[2])] or found
 
@@ -771,7 +772,9 @@ class _Survey:
                     else "embedding"
                 )  # fmt: skip
             elif is_conv(module):
-                self.role[path] = "patch" if re.search("patch|embed", path, re.I) else "stem" if found.blocks else "conv"
+                self.role[path] = (
+                    "patch" if re.search("patch|embed", path, re.I) else "stem" if found.blocks else "conv"
+                )
         embeddings = [path for path, role in self.role.items() if role == "embedding"]
         if self.trace.error is None:
             # T5 and BART keep a copy of the shared table that nobody calls.
@@ -823,6 +826,8 @@ class _Survey:
             found.head = max(calls, key=lambda path: calls[path]) if calls else ours[-1]
             tops = [path.split(".")[0] for path in ours]
             found.head_new = list(dict.fromkeys(tops)) if has_base else [found.head]
+        fresh = [path for path in getattr(model, FRESH, []) if path in self.modules]
+        found.head_new += [path for path in fresh if not any(_holds(known, path) for known in found.head_new)]
         for path in linear:
             if path == found.head:
                 self.role[path] = "head"
@@ -886,6 +891,10 @@ class _Survey:
             ):  # fmt: skip
                 if path is not None:
                     yield Site(path, role, kind, None, block=block.index)
+
+
+def _holds(outer: str, path: str) -> bool:
+    return path == outer or path.startswith(outer + ".")
 
 
 def _integer(sources: Iterable[Any], attributes: Iterable[str]) -> int | None:
