@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -371,10 +371,10 @@ def _changes(model: nn.Module, state: State, untie: bool) -> list[tuple[str, str
         for (path, parameter), deltas in by_place.items()
         if parameter == "weight" and any(type(delta).fold_bias is not Delta.fold_bias for delta in deltas)
     }
-    changes = [(path, parameter, deltas) for (path, parameter), deltas in by_place.items()]
     for path in folding_bias:
-        if (path, "bias") not in by_place and model.get_submodule(path)._parameters.get("bias") is not None:
-            changes.append((path, "bias", by_place[path, "weight"]))
+        if (path, "bias") in by_place or model.get_submodule(path)._parameters.get("bias") is not None:
+            by_place[path, "bias"] = by_place[path, "weight"] + by_place.get((path, "bias"), [])
+    changes = [(path, parameter, deltas) for (path, parameter), deltas in by_place.items()]
     return changes
 
 
@@ -383,25 +383,17 @@ def _merged(
 ) -> nn.Parameter | None:
     """The parameter with the deltas folded in, in at least float32 and rounded once."""
     view = Weight(module, parameter)
-    if stored is None:
-        like = next(module.parameters())
-        value = torch.zeros(view.full_shape, dtype=torch.float32, device=like.device)
-        target = like.dtype
-    else:
-        value = view.canonical(stored.detach())
-        target = stored.dtype
+    value = view.matrix() if stored is None else view.canonical(stored.detach())
+    target = value.dtype
     value = value.to(torch.promote_types(value.dtype, torch.float32))
     for delta in deltas:
+        change: Callable[[torch.Tensor], torch.Tensor | None] = delta.fold
         if delta.site.parameter != parameter:
-            folded = delta.fold_bias(value)
-            value = value if folded is None else folded
-            continue
+            change = delta.fold_bias
         part = Weight(module, parameter, delta.site.rows)
-        dim = -2 if value.dim() > 1 else 0
-        if delta.site.rows is None:
-            value = delta.fold(value)
-        else:
-            value = part.replaced(delta.fold(value.index_select(dim, part.index())), value)
+        chosen = value if delta.site.rows is None else value.index_select(-2 if value.dim() > 1 else 0, part.index())
+        folded = change(chosen)
+        value = value if folded is None else part.replaced(folded, value)
     new = view.layout(value).to(target).contiguous()
     return nn.Parameter(new, requires_grad=False)
 

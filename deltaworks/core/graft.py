@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.weights import Weight, consumes, dequantised
+from .attention import Attending, attended
 from .operators.effective import effective_linear
 from .part import Delta, Module, Part, Trained, Wrapper
 
@@ -86,9 +87,12 @@ class Graft(nn.Module):
         inner = call
         if deltas:
             inner = functools.partial(_weighted, layer, call, deltas)
+        attending = [part for part in parts if isinstance(part, Attending)]
+        if attending:
+            inner = functools.partial(attended, layer, attending, inner)
         for part in parts:
             if isinstance(part, Wrapper):
-                inner = functools.partial(part.around, inner)
+                inner = functools.partial(part.within, layer, inner)
         if not modules:
             return inner(*args, **kwargs)
         original, place = _input(args, kwargs)
@@ -114,7 +118,7 @@ class Graft(nn.Module):
         chosen = {name: self.acting([name]) for name in names}
         if not any(chosen.values()):
             return call(*args, **kwargs)
-        if any(isinstance(part, Wrapper) for parts in chosen.values() for part in parts):
+        if any(isinstance(part, (Wrapper, Attending)) for parts in chosen.values() for part in parts):
             raise ValueError(
                 "per-example adapters cannot hold prompts or side networks, which change the whole batch; "
                 "run such an adapter in a batch of its own"
@@ -198,6 +202,11 @@ def _weighted(layer: nn.Module, call: Callable[..., Any], deltas: list[Delta], *
             for delta in deltas:
                 y = y + getattr(delta, special)(args[0], layer).to(y.dtype)
             return y
+    return _substituted(layer, call, deltas, *args, **kwargs)
+
+
+def _substituted(layer: nn.Module, call: Callable[..., Any], deltas: list[Delta], *args: Any, **kwargs: Any) -> Any:
+    """The call with the changed parameters in the places of the stored ones."""
     parameters = dict.fromkeys(delta.site.parameter for delta in deltas)
     effective = {
         name: _folded(layer, name, [delta for delta in deltas if delta.site.parameter == name]) for name in parameters
@@ -211,15 +220,10 @@ def _weighted(layer: nn.Module, call: Callable[..., Any], deltas: list[Delta], *
             del layer.__dict__[name]
 
 
-def _folded(layer: nn.Module, parameter: str, deltas: Sequence[Delta]) -> Tensor | None:
-    """A parameter in storage layout with deltas folded in, one after the other."""
+def _folded(layer: nn.Module, parameter: str, deltas: Sequence[Delta]) -> Tensor:
+    """A parameter in storage layout with deltas folded in, one after the other; a bias that is missing counts as zero."""
     view = Weight(layer, parameter)
-    if view.stored is None:
-        value: Tensor | None = None
-        for delta in deltas:
-            value = delta.dense() if value is None else value + delta.dense()
-        return value
-    whole = view.canonical(dequantised(layer, view.stored))
+    whole = view.matrix() if view.stored is None else view.canonical(dequantised(layer, view.stored))
     for delta in deltas:
         rows = delta.site.rows
         if rows is None:
@@ -235,10 +239,13 @@ def _linear(layer: nn.Module, call: Callable[..., Any], deltas: list[Delta], x: 
     stored = layer._parameters["weight"]
     weight = Weight(layer)
     changes = [delta for delta in deltas if delta.site.parameter == "weight"]
+    if not changes:
+        return _substituted(layer, call, deltas, x)
     tokens = x.numel() // max(x.shape[-1], 1)
-    # Side paths add up; a delta that is a function of the weight may use its own only when it is alone.
+    # Side paths add up; a delta that is a function of the weight may use its own only where nothing else acts.
     alone = len(changes) == 1
-    sides = [d for d in changes if d.lean and (d.additive or alone) and d.prefers_side(tokens, weight)]
+    apart = alone or _disjoint(changes)
+    sides = [d for d in changes if d.lean and (d.additive or apart) and d.prefers_side(tokens, weight)]
     if len(sides) < len(changes) and any(not delta.additive for delta in changes):
         sides = []
     folds = [delta for delta in changes if delta not in sides]
@@ -251,6 +258,10 @@ def _linear(layer: nn.Module, call: Callable[..., Any], deltas: list[Delta], x: 
             y = sides[0].with_base(x, weight.canonical(stored), bias)
             if y is not None:
                 sides = []
+    if y is None and alone and sides and sides[0].site.rows is None:
+        y = sides[0].around(call, x)
+        if y is not None:
+            sides = []
     if y is None:
         y = call(x)
     for delta in sides:
@@ -259,6 +270,11 @@ def _linear(layer: nn.Module, call: Callable[..., Any], deltas: list[Delta], x: 
         if delta.site.parameter == "bias":
             y = y + _spread(delta, delta.dense(), y).to(y.dtype)
     return y
+
+
+def _disjoint(deltas: Sequence[Delta]) -> bool:
+    """Whether every delta has a part of a fused weight to itself."""
+    return all(delta.site.rows is not None for delta in deltas) and len({d.site.part for d in deltas}) == len(deltas)
 
 
 def _beside(delta: Delta, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
@@ -311,6 +327,7 @@ def swapped(base: type, parameters: tuple[str, ...] = ()) -> type:
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "_deltaworks_base": base,
+        "_deltaworks_uncalled": parameters,
         **{name: effective(name) for name in parameters},
     }
     _SWAPPED[base, parameters] = type(base.__name__, (base,), members)
@@ -335,6 +352,9 @@ def graft(module: nn.Module, board: Switchboard, uncalled: Sequence[str] = ()) -
         found = Graft(board)
         module.__class__ = swapped(type(module), tuple(uncalled))
         module.add_module("deltaworks", found)
+    elif uncalled:
+        base, known = type(module)._deltaworks_base, type(module)._deltaworks_uncalled  # type: ignore[attr-defined]
+        module.__class__ = swapped(base, tuple(dict.fromkeys((*known, *uncalled))))
     return found
 
 

@@ -125,6 +125,10 @@ class Delta(Part):
         """The layer's new output, from its input `x`, its base output `y` (may be overwritten) and its weight."""
         return y.add_(self.side(x))
 
+    def around(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:
+        """The layer's new output by way of its own call, for a change of what the layer reads; None otherwise."""
+        return None
+
     def with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """Base product and change in one go, where an operator has a fused form; None otherwise."""
         return None
@@ -148,6 +152,10 @@ class Wrapper(Part):
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What the module returns instead of `call(*args, **kwargs)`."""
         raise NotImplementedError
+
+    def within(self, layer: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The same for a part that needs the module itself, not only its call."""
+        return self.around(call, *args, **kwargs)
 
 
 class Trained(Part):

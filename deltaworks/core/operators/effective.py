@@ -22,14 +22,22 @@ def effective_linear(x: Tensor, layer: nn.Module, deltas: Sequence[Delta]) -> Te
 
     Gradients reach `x` and the deltas' parameters.
     """
-    bias = layer._parameters.get("bias")
-    for delta in deltas:
-        if delta.site.rows is None:
-            bias = delta.fold_bias(bias)
+    bias = _fold_bias(layer, deltas)
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or not torch.is_grad_enabled():
         return nn.functional.linear(x, _fold(layer, deltas), bias)
     y: Any = _EffectiveLinear.apply(x, layer, deltas, *trainable(deltas))
     return y if bias is None else y + bias
+
+
+def _fold_bias(layer: nn.Module, deltas: Sequence[Delta]) -> Tensor | None:
+    bias = layer._parameters.get("bias")
+    for delta in deltas:
+        if bias is None or type(delta).fold_bias is Delta.fold_bias:
+            continue
+        part = Weight(layer, "bias", delta.site.rows)
+        folded = delta.fold_bias(bias if delta.site.rows is None else bias[part.index()])
+        bias = bias if folded is None else part.replaced(folded, bias)
+    return bias
 
 
 def _fold(layer: nn.Module, deltas: Sequence[Delta]) -> Tensor:

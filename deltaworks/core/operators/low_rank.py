@@ -189,6 +189,16 @@ def _branch_gradients(
     return gb, da, db
 
 
+def base_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`x W^T + bias`, and a view of it as rows. It is no view itself: models add residuals to a layer's output in place,
+    which autograd forbids on a view that a custom function returns.
+    """
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    rows, flat = y.view(-1, weight.shape[0]), x.reshape(-1, x.shape[-1])
+    torch.mm(flat, weight.T, out=rows) if bias is None else torch.addmm(bias, flat, weight.T, out=rows)
+    return y, rows
+
+
 class _LowRankLinear(torch.autograd.Function):
     """`y = x W^T + bias + scale ((kept x) A^T) B^T` with W and bias frozen."""
 
@@ -204,14 +214,14 @@ class _LowRankLinear(torch.autograd.Function):
         survive: Tensor | None,
     ) -> Tensor:
         z = branch_input(x, survive) @ a.to(x.dtype).T
-        y = nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, bias)
-        y.addmm_(z, b.to(x.dtype).T, alpha=scale)
+        y, rows = base_product(x, weight, bias)
+        rows.addmm_(z, b.to(x.dtype).T, alpha=scale)
         ctx.scale, ctx.needed = scale, (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:5])
         need_x, need_a, need_b = ctx.needed
         ctx.save_for_backward(
             x if need_a else None, survive if need_a or need_x else None, z if need_b else None, weight, a, b
         )
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     @once_differentiable
