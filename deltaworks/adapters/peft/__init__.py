@@ -1,0 +1,53 @@
+"""HF PEFT's format, read and written without PEFT.
+
+Each module is one `peft_type`: `KIND`, `read(source)`, and, where we have parts of that kind, `fits(part)` and
+`write(draft)`. What one side cannot express is refused with the option's name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...core.tuned import Tuned
+from ..files import refuse
+from ..native import Plan
+from . import lora
+from .draft import Draft
+from .source import Source
+
+KINDS: dict[str, ModuleType] = {module.KIND: module for module in (lora,)}
+
+
+def read(model: nn.Module, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
+    """The adapter a PEFT folder holds, verified against a model that is only looked at.
+
+    Raises:
+        ValueError: naming the file and the option or tensor that is wrong or cannot be expressed.
+    """
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind not in KINDS:
+        refuse(folder / "adapter_config.json", f"peft_type={kind!r} cannot be read; known are {', '.join(KINDS)}")
+    return KINDS[kind].read(Source(model, folder, config, tensors))
+
+
+def write(handle: Tuned) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """An adapter as PEFT's configuration and tensors.
+
+    Raises:
+        ValueError: naming the part or hyper-parameter that PEFT's format has no words for.
+    """
+    draft = Draft(handle)
+    for module in KINDS.values():
+        if draft.parts and all(module.fits(part) for part in draft.parts):
+            return module.write(draft), draft.tensors
+    odd = next((part for part in draft.parts if not any(module.fits(part) for module in KINDS.values())), None)
+    if odd is None:
+        raise draft.refuse("its parts", "they are of kinds that PEFT keeps in different files")
+    raise draft.refuse(
+        f"{type(odd).__name__} at {odd.site.name or 'the model'}",
+        'PEFT has no such part; save it with format="deltaworks"',
+    )

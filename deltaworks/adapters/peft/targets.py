@@ -1,0 +1,108 @@
+"""Which modules a PEFT configuration means, and the shortest way to name a set of modules in one.
+
+PEFT's rules: a list holds names that a module's dotted name equals or ends with, a text is a regular expression for the
+whole name, "all-linear" is every linear layer but the one that makes the logits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+ALL_LINEAR = "all-linear"
+_HEADS = ("score", "classifier")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The part of a configuration that chooses modules; the names are PEFT's."""
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] = field(default_factory=list)
+
+    def chosen(self, model: nn.Module) -> list[str]:
+        """Names of the modules of `model` that are meant, in model order."""
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
+            return [path for path in _linear(model) if not self._excluded(path)]
+        return [path for path, _ in modules(model) if path and self._matches(path)]
+
+    def _matches(self, path: str) -> bool:
+        if self._excluded(path) or self.target_modules is None:
+            return False
+        if isinstance(self.target_modules, str):
+            return re.fullmatch(self.target_modules, path) is not None
+        return ends_with(path, self.target_modules) and self._in_layers(path)
+
+    def _excluded(self, path: str) -> bool:
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save):
+            return True
+        if isinstance(self.exclude_modules, str):
+            return re.fullmatch(self.exclude_modules, path) is not None
+        return ends_with(path, self.exclude_modules or [])
+
+    def _in_layers(self, path: str) -> bool:
+        wanted = self.layers_to_transform
+        if wanted is None or wanted == []:
+            return True
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        found = None
+        for pattern in patterns or [r"[^.]*"]:
+            lead = rf"(?:^|.*?\.){pattern}" if patterns else r".*?\.[^.]*"
+            found = found or re.match(rf"{lead}\.(?P<index>\d+)\.", path)
+        return found is not None and int(found["index"]) in ([wanted] if isinstance(wanted, int) else wanted)
+
+
+def ends_with(path: str, names: Iterable[str]) -> bool:
+    """Whether a dotted name is one of `names` or ends with one."""
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """The base's modules with their names; a module that stands at two places has both."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        if "deltaworks" not in path.split("."):
+            yield path, module
+
+
+def _linear(model: nn.Module) -> list[str]:
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    if output is None and "SequenceClassification" in type(model).__name__:
+        output = next((head for name in _HEADS if (head := getattr(model, name, None)) is not None), None)
+    return [path for path, module in modules(model) if isinstance(module, (nn.Linear, Conv1D)) and module is not output]
+
+
+def named(model: nn.Module, paths: Sequence[str]) -> list[str]:
+    """What `target_modules` holds for these modules: last names where they mean exactly these, whole names elsewhere."""
+    last = sorted({path.rpartition(".")[2] for path in paths})
+    meant = {path for path, _ in modules(model) if path and ends_with(path, last)}
+    return last if meant == set(paths) else list(paths)
+
+
+def pattern_for(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value of the first pattern that fits the end of a name, as PEFT and `Method.at` decide."""
+    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path)), default)
+
+
+def patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """One value per module as a default and the patterns of those that differ."""
+    default = Counter(values.values()).most_common(1)[0][0]
+    by_last: dict[str, set[Any]] = {}
+    for path, value in values.items():
+        by_last.setdefault(path.rpartition(".")[2], set()).add(value)
+    found: dict[str, Any] = {}
+    for path, value in values.items():
+        last = path.rpartition(".")[2]
+        if len(by_last[last]) > 1 and value != default:
+            found["^" + re.escape(path)] = value
+        elif value != default:
+            found[re.escape(last)] = value
+    return default, found
