@@ -36,8 +36,8 @@ def step_of(folder: Path) -> int | None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints in a folder, oldest first."""
-    found = [path for path in folder.iterdir() if path.is_dir() and step_of(path) is not None] if folder.is_dir() else []
-    return sorted(found, key=lambda path: step_of(path) or 0)
+    found = {path: step_of(path) for path in folder.glob("checkpoint-*") if path.is_dir()}
+    return sorted((path for path, step in found.items() if step is not None), key=lambda path: found[path] or 0)
 
 
 def latest(folder: Path) -> Path | None:
@@ -95,7 +95,7 @@ def _flush_entry(folder: Path) -> None:
 
 
 def rotate(folder: Path, keep: int | None, best: str | None = None) -> None:
-    """Delete the oldest checkpoints beyond `keep`, never the newest and never the best; renamed first, so never half."""
+    """Delete the oldest checkpoints beyond `keep`, never the best one; renamed first, so that none is ever half."""
     for leftover in folder.glob(".checkpoint-*.old"):
         shutil.rmtree(leftover, ignore_errors=True)
     if not keep or keep < 1:
@@ -130,7 +130,7 @@ def read_adapter(tuned: Tuned, folder: Path) -> None:
         found = set(file.keys())
         if found != set(places):
             odd = sorted(found ^ set(places))[:3]
-            raise ValueError(f"{path} does not fit the adapter {tuned.name!r} ({tuned.method.slug}): {', '.join(odd)}, ...")
+            raise ValueError(f"{path} does not fit the adapter {tuned.name!r} ({tuned.method.slug}): {', '.join(odd)}")
         for name, put in places.items():
             put(file.get_tensor(name))
 

@@ -48,7 +48,7 @@ class DeltaworksMixin(_Base):
         self._window: list[dict[str, Any]] = []
         if not isinstance(model, nn.Module) or find_state(model) is None:
             kind = type(model).__name__
-            raise ValueError(f"{type(self).__name__} trains an adapter and {kind} has none; call dw.attach(model, ...) first")
+            raise ValueError(f"{type(self).__name__} trains an adapter, {kind} has none; call dw.attach first")
         handle = tuned(model, adapter)
         if _needs_reference(type(self)) and kwargs.get("ref_model") is None:
             kwargs["ref_model"] = Reference(model)
@@ -105,9 +105,9 @@ class DeltaworksMixin(_Base):
         saved.read_adapter(self.tuned, folder)
         self.rules.load_state_dict(_unpickled(folder / saved.RULES))
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        assert optimizer is not None and self.lr_scheduler is not None
+        assert optimizer is not None
         saved.restore_optimizer(optimizer, _unpickled(folder / saved.OPTIMIZER))
-        self.lr_scheduler.load_state_dict(_unpickled(folder / saved.SCHEDULER))
+        self.lr_scheduler.load_state_dict(_unpickled(folder / saved.SCHEDULER))  # type: ignore[union-attr]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         # Resumed from the checkpoint of its last step, a run has nothing left to do.
@@ -131,7 +131,7 @@ class DeltaworksMixin(_Base):
                 "model",
                 "optimizer_dict",
             } & set(settings):
-                raise ValueError(f"optim={self.args.optim} chooses its parameters itself; take adamw_torch, sgd, adafactor, ...")
+                raise ValueError(f"optim={self.args.optim} chooses its parameters itself; take adamw_torch, sgd, ...")
             groups = self.tuned.parameter_groups(self.args.learning_rate, self.args.weight_decay)
             self.optimizer = kind(groups, **settings)
         return self.optimizer
@@ -181,9 +181,9 @@ class DeltaworksMixin(_Base):
             return result
         # A loss that is already a sum over the whole window gets the penalty once, in shares.
         share = 1.0 / self.current_gradient_accumulation_steps if self._scaled(num_items_in_batch) else 1.0
-        loss, *rest = result if return_outputs else (result,)
-        loss = loss + share * penalty.to(loss.device)
-        return (loss, *rest) if return_outputs else loss
+        if isinstance(result, tuple):
+            return (result[0] + share * penalty.to(result[0].device), *result[1:])
+        return result + share * penalty.to(result.device)
 
     def _scaled(self, num_items: Any) -> bool:
         """Whether `compute_loss` gives a share of the window's loss, as the trainer itself decides it."""
@@ -207,8 +207,9 @@ class DeltaworksMixin(_Base):
         """Save the adapter, as `dw.save` does; the base is not written."""
         from ..adapters import save
 
-        if self.args.should_save:
-            save(self.tuned.model, output_dir or self.args.output_dir)
+        folder = output_dir or self.args.output_dir
+        if self.args.should_save and folder is not None:
+            save(self.tuned.model, folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.store_flos()
@@ -218,12 +219,12 @@ class DeltaworksMixin(_Base):
         with saved.replacing(final, main=main, wait=self.accelerator.wait_for_everyone) as folder:
             saved.write_adapter(self.tuned, folder, main=main)
             optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-            assert optimizer is not None and self.lr_scheduler is not None
+            assert optimizer is not None
             state = saved.optimizer_state(optimizer)
             if main:
                 torch.save(self.rules.state_dict(), folder / saved.RULES)
                 torch.save(state, folder / saved.OPTIMIZER)
-                torch.save(self.lr_scheduler.state_dict(), folder / saved.SCHEDULER)
+                torch.save(self.lr_scheduler.state_dict(), folder / saved.SCHEDULER)  # type: ignore[union-attr]
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
             if self.state.best_global_step == step:
@@ -244,7 +245,7 @@ def wrap(trainer: type[Trainer]) -> Any:
     """A trainer class with our part in it.
 
     Args:
-        trainer: `transformers.Trainer` or one of TRL's that train a model of their own, such as `SFTTrainer`, `DPOTrainer`.
+        trainer: `transformers.Trainer` or a subclass of it, such as TRL's `SFTTrainer` and `DPOTrainer`.
     """
     if not (isinstance(trainer, type) and issubclass(trainer, Trainer)):
         raise TypeError(f"wrap takes a trainer class, such as trl.SFTTrainer, not {trainer!r}")
@@ -288,7 +289,7 @@ class _as_adapted:
 
 
 def _check_fused_head(trainer: Any, handle: Tuned) -> None:
-    """TRL multiplies the head's weight itself and calls the model's backbone: changes of these two calls are not seen."""
+    """TRL multiplies the head's weight itself and calls the backbone: changes of the two outer calls are not seen."""
     model = handle.model
     code = getattr(model.forward, "__code__", None)
     if code is None or code.co_name != "_fused_forward":

@@ -16,6 +16,8 @@ class Reference(nn.Module):
         policy: the adapted model.
     """
 
+    policy: Any
+
     def __init__(self, policy: nn.Module) -> None:
         super().__init__()
         self.__dict__["policy"] = policy  # not a child: its parameters are the trainer's model's
