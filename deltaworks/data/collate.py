@@ -11,7 +11,6 @@ import torch
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForTokenClassification,
-    TrainerCallback,
 )
 
 from .images import decode, to_pixels
@@ -58,18 +57,6 @@ class MaskingCollator:
         if "labels" in rows[0]:
             return dict(self.padding.torch_call(list(rows)))
         return self.masked(rows, int(self.epoch))
-
-
-class EpochCallback(TrainerCallback):
-    """Tells a collator which epoch begins, counted from the optimizer steps as the trainer itself does on resuming."""
-
-    def __init__(self, collator: MaskingCollator):
-        self.collator = collator
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
-        batches = len(train_dataloader)
-        steps = max(-(-batches // args.gradient_accumulation_steps), 1)
-        self.collator.set_epoch(state.global_step // steps)
 
 
 class ImageCollator:

@@ -14,13 +14,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from trl.data_utils import pack_dataset
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+if TYPE_CHECKING:
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+
+def padding_collator(
+    pad_token_id: int, pad_to_multiple_of: int | None = None, **options: Any
+) -> DataCollatorForLanguageModeling:
+    """TRL's collator for causal language models; it pads on the right, so that positions are right without a mask."""
+    # Imported when used: TRL takes longer to import than all of the reading and checking of data together.
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    return DataCollatorForLanguageModeling(pad_token_id, pad_to_multiple_of=pad_to_multiple_of, **options)
 
 
 def pack(examples: Dataset, max_length: int) -> Dataset:
@@ -28,6 +39,8 @@ def pack(examples: Dataset, max_length: int) -> Dataset:
 
     **Raises:** `ValueError` when an example is longer than `max_length`, which packing would cut.
     """
+    from trl.data_utils import pack_dataset
+
     longest = max((len(ids) for ids in examples["input_ids"]), default=0)
     if longest > max_length:
         raise ValueError(f"an example of {longest} tokens cannot be packed into rows of {max_length}")
@@ -52,11 +65,8 @@ class PackedCollator:
                 "packed rows came without seq_lengths, so their documents would see each other; "
                 "give the trainer remove_unused_columns=False"
             )
-        collator = DataCollatorForLanguageModeling(
-            self.pad_token_id,
-            padding_free=self.flatten,
-            return_position_ids=True,
-            pad_to_multiple_of=self.pad_to_multiple_of,
+        collator = padding_collator(
+            self.pad_token_id, self.pad_to_multiple_of, padding_free=self.flatten, return_position_ids=True
         )
         batch = collator.torch_call(list(rows))
         batch.pop("attention_mask", None)

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, Features, List, Value
 from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
-    TrainerCallback,
 )
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from . import encoders
 from .bad_rows import BadRow, Gate, Unfit
-from .collate import EpochCallback, ImageCollator, MaskingCollator
+from .collate import ImageCollator, MaskingCollator
 from .labels import Labels
 from .loading import Data
-from .packing import PackedCollator, pack
+from .packing import PackedCollator, pack, padding_collator
 from .tokens import IGNORED, CausalEncoder, Tally, with_padding
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 TASKS: dict[str, tuple[str, ...]] = {
     "causal-lm": ("chat", "prompt-completion", "instruction", "source-target", "text"),
@@ -146,10 +147,10 @@ def prepare(
     collator: Any
     if task == "causal-lm":
         encode = CausalEncoder(tokenizer, max_length, completion_only)
-        # TRL's collator pads on the right whatever the tokenizer does, so that positions need no mask to be right.
-        collator = DataCollatorForLanguageModeling(pad_id, **pad)
         if packing:
             collator = PackedCollator(pad_id, pad_to_multiple_of, flatten)
+        else:
+            collator = padding_collator(pad_id, pad_to_multiple_of)
     elif task in ("sequence-classification", "regression"):
         assert data.labels is not None
         labels, value = _regression(data.labels) if task == "regression" else (data.labels, None)
@@ -164,6 +165,8 @@ def prepare(
     else:
         encode = encoders.masked_lm(tokenizer, max_length)
         collator = MaskingCollator(tokenizer, mask_probability, seed, **pad)
+        from .epochs import EpochCallback
+
         callbacks.append(EpochCallback(collator))
 
     gate = Gate(data.on_bad_row)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from .bad_rows import Unfit
 from .formats import Row
@@ -208,6 +207,8 @@ class CausalEncoder:
 
     def _marked(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[tuple[int, int]]] | None:
         """The spans that the template itself marks with `{% generation %}`, when it does."""
+        from trl.chat_template_utils import has_generation_markers
+
         if not has_generation_markers(self.chat_template) or any(m.get("weight") == 0 for m in messages):
             return None
         turns = [dict(message) for message in messages]
@@ -274,9 +275,10 @@ def special_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 def _chat_template(tokenizer: Tokenizer) -> str:
     """The tokenizer's template, where TRL knows it made fit for training, or the plain one."""
-    template = tokenizer.chat_template
-    if template is None:
+    if tokenizer.chat_template is None:
         return PLAIN_CHAT_TEMPLATE
+    from trl.chat_template_utils import get_training_chat_template
+
     try:
         # TRL's own check renders tool calls, which many templates cannot.
         return get_training_chat_template(tokenizer) or tokenizer.get_chat_template()
