@@ -1,0 +1,109 @@
+"""Next-token loss under a frozen head, without the logits.
+
+The logits of a batch, `tokens x vocabulary` in float32 with a copy for the gradient, are often the largest tensors of
+a training step. A frozen head needs none of them kept: chunk by chunk, the loss and the gradient with respect to the
+hidden states are computed together in the forward pass, and only that gradient (`tokens x width`) is saved. Positions
+without a target never reach the head.
+
+torch's own `linear_cross_entropy` does the same in general; on CPUs it was measured 2-4 times slower than the plain
+loss, this one 0.7-1.0 times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+# Bytes of float32 logits held at a time: large enough for efficient products, small beside any model.
+CHUNK_BYTES = 32 << 20
+# Configuration entries with which a model changes its logits after the head, or adds terms to the loss.
+AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_router_logits")
+
+
+def head_of(model: nn.Module) -> nn.Linear | None:
+    """The head, if the loss may be computed without its logits; None where the model's own loss must be asked.
+
+    It must be an ordinary linear layer that nothing changes or trains, and its output must be the logits.
+    """
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    config = getattr(model, "config", None)
+    if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or config is None:
+        return None
+    if head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad):
+        return None
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if any(getattr(text, name, None) not in (None, False, 1, 1.0) for name in AFTER_THE_HEAD):
+        return None
+    if getattr(config, "is_encoder_decoder", False) or getattr(model, "loss_type", None) not in (None, "ForCausalLM"):
+        return None
+    return head
+
+
+def next_token_loss(
+    model: nn.Module, head: nn.Linear, inputs: dict[str, Any], items: Tensor | int | None = None, call: Any = None
+) -> Tensor:
+    """The mean cross-entropy of the next token, as transformers' causal models compute it.
+
+    Args:
+        model: the model that owns `head`.
+        head: what `head_of(model)` found.
+        inputs: the model's keyword arguments with `labels` (`batch x length`, -100 for no target).
+        items: number of targets to divide by (those of a whole accumulation window); this batch's own, if None.
+        call: what to call instead of `model` (the same model, wrapped).
+    """
+    inputs = dict(inputs)
+    labels = inputs.pop("labels")
+    with _identity(head):
+        hidden = (call or model)(**inputs).logits
+    targets = labels[..., 1:].reshape(-1)
+    places = (targets != -100).nonzero().squeeze(1)
+    hidden = hidden[..., :-1, :].flatten(0, -2)
+    if len(places) < len(targets):
+        hidden, targets = hidden.index_select(0, places), targets.index_select(0, places)
+    count = items if items is not None else max(len(targets), 1)
+    total = _FrozenHeadLoss.apply(hidden, head.weight, head.bias, targets.to(hidden.device))
+    return total / count  # type: ignore[operator]
+
+
+@contextlib.contextmanager
+def _identity(head: nn.Linear) -> Iterator[None]:
+    # The model calls its head on the hidden states; for this call it gets them back.
+    head.__dict__["forward"] = lambda hidden: hidden
+    try:
+        yield
+    finally:
+        del head.__dict__["forward"]
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Sum over rows of `logsumexp(h W^T + b) - (h W^T + b)[target]`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, hidden.shape[0], rows):
+            chunk, wanted = hidden[start : start + rows], targets[start : start + rows, None]
+            logits = nn.functional.linear(chunk, weight.to(chunk.dtype), None if bias is None else bias.to(chunk.dtype))
+            logits = logits.to(total.dtype)
+            whole = logits.logsumexp(-1, keepdim=True)
+            total += (whole - logits.gather(1, wanted)).sum()
+            if gradient is not None:
+                probabilities = logits.sub_(whole).exp_()
+                probabilities.scatter_add_(1, wanted, torch.full_like(whole, -1.0))
+                torch.mm(probabilities.to(chunk.dtype), weight.to(chunk.dtype), out=gradient[start : start + rows])
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradients[0].to(gradient.dtype), None, None, None
