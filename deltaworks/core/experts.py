@@ -31,11 +31,20 @@ class PerExpert(Delta):
         first = deltas[0]
         # Kept out of the module tree: its tensors are only placeholders for the stacked ones.
         self.__dict__["prototype"] = copy.deepcopy(first).to("meta")
+        # What is true of every expert's delta is true of the stack.
+        self.__dict__.update(additive=first.additive, mergeable=first.mergeable, borrowed=first.borrowed)
+        # What deltas borrow is one module for all experts: held once, not stacked, left out of files.
+        for name in first.borrowed:
+            self.add_module(name, first.get_submodule(name))
+        lent = tuple(f"{name}." for name in first.borrowed)
         for name, value in first.named_parameters():
+            if name.startswith(lent):
+                continue
             stacked = torch.stack([delta.get_parameter(name).detach() for delta in deltas])
             self.register_parameter(name.replace(".", "__"), nn.Parameter(stacked, requires_grad=value.requires_grad))
         for name, _ in first.named_buffers():
-            self.register_buffer(name.replace(".", "__"), torch.stack([delta.get_buffer(name) for delta in deltas]))
+            if not name.startswith(lent):
+                self.register_buffer(name.replace(".", "__"), torch.stack([delta.get_buffer(name) for delta in deltas]))
 
     @classmethod
     def remade(cls, settings: dict[str, Any], tensors: dict[str, Tensor], shared: dict[str, nn.Module]) -> Part:
@@ -52,20 +61,25 @@ class PerExpert(Delta):
         return cls([delta for delta in made if isinstance(delta, Delta)])
 
     def _own(self) -> dict[str, Tensor]:
-        own: dict[str, Tensor] = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        return {name.replace("__", "."): value for name, value in own.items()}
+        own: dict[str, Any] = {**self._parameters, **self._buffers}
+        return {f"delta.{name.replace('__', '.')}": value for name, value in own.items()}
+
+    def _lent(self) -> dict[str, Tensor]:
+        lent: dict[str, Tensor] = {}
+        for name in self.borrowed:
+            module = self.get_submodule(name)
+            lent |= {f"delta.{name}.{inner}": t for inner, t in (*module.named_parameters(), *module.named_buffers())}
+        return lent
 
     def dense(self) -> Tensor:
-        return torch.vmap(lambda own: functional_call(_Dense(self.prototype), _prefixed(own), ()))(self._own())
+        call, lent = _Dense(self.prototype), self._lent()
+        return torch.vmap(lambda own: functional_call(call, {**own, **lent}, ()))(self._own())
 
     def fold(self, weight: Tensor) -> Tensor:
         if self.prototype.additive:
             return super().fold(weight)
-        return torch.vmap(lambda own, w: functional_call(_Fold(self.prototype), _prefixed(own), (w,)))(self._own(), weight)
-
-
-def _prefixed(own: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"delta.{name}": value for name, value in own.items()}
+        call, lent = _Fold(self.prototype), self._lent()
+        return torch.vmap(lambda own, w: functional_call(call, {**own, **lent}, (w,)))(self._own(), weight)
 
 
 class _Dense(nn.Module):
