@@ -27,7 +27,7 @@ def _real(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def positive(default: int, help: str, *, optional: bool = False) -> Any:
+def positive(default: int | None, help: str, *, optional: bool = False) -> Any:
     """A whole number of at least 1 (or None, where `optional`)."""
     return whole(default, help, low=1, optional=optional)
 
@@ -103,6 +103,18 @@ def mapping(help: str) -> Any:
         return None if isinstance(value, dict) and all(isinstance(k, str) for k in value) else wanted
 
     return field({}, help, check, wanted)
+
+
+def token_ids(help: str) -> Any:
+    """A list of token ids, or of lists of them; empty by default."""
+    wanted = "a list of token ids"
+
+    def good(value: Any) -> bool:
+        return isinstance(value, (list, tuple)) and all(
+            (isinstance(v, int) and not isinstance(v, bool) and v >= 0) or (v != [] and good(v)) for v in value
+        )
+
+    return field([], help, lambda value: None if good(value) else wanted, wanted)
 
 
 def checked(instance: Any) -> None:

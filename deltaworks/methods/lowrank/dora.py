@@ -19,6 +19,9 @@ from ...model.weights import Weight
 class DoRA(WeightMethod):
     """Trained row magnitudes and low-rank trained directions; `rank * (in + out) + out` values a layer."""
 
+    exact_gradient = False  # the norm is a constant
+    default_lr = 2e-4
+
     rank: int = fields.positive(16, "inner dimension r")
     alpha: float = fields.number(32.0, "numerator of the scale alpha / rank", above=0)
     dropout: float = fields.fraction(0.0, "probability of dropping an input feature of the branch")

@@ -1,0 +1,59 @@
+"""Rank-one triplets: `dW = scale * P diag(l) Q`, whose terms `l_i p_i q_i^T` can be weighed, dropped and regrown."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .low_rank import Factored
+
+
+class Triplet(Factored):
+    """`dW = scale * P diag(l) Q`.
+
+    Args:
+        p: `out x rank`.
+        l: `rank`, the weights of the terms.
+        q: `rank x in`.
+        scale: multiplies the product.
+        dropout: probability of zeroing an input feature of the branch in training.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ("scale", "dropout")
+
+    def __init__(self, p: Tensor, l: Tensor, q: Tensor, scale: float = 1.0, dropout: float = 0.0) -> None:
+        super().__init__()
+        if p.dim() != 2 or q.dim() != 2 or l.dim() != 1 or not p.shape[1] == len(l) == q.shape[0]:
+            shapes = f"P {list(p.shape)}, l {list(l.shape)} and Q {list(q.shape)}"
+            raise ValueError(f"{shapes} are not triplets; P is out x r, l has r values, Q is r x in")
+        self.p, self.l, self.q = nn.Parameter(p), nn.Parameter(l), nn.Parameter(q)
+        self.scale, self.dropout = float(scale), float(dropout)
+
+    @property
+    def rank(self) -> int:
+        return self.l.shape[0]
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.q, self.p * self.l
+
+
+@torch.no_grad()
+def compact(p: nn.Parameter, l: nn.Parameter, q: nn.Parameter) -> None:
+    """Drop the triplets whose weight is zero, in place; the parameters take new shapes.
+
+    In a stack (leading axes, one for each matrix) all keep as many as the matrix with the most.
+
+    Args:
+        p: `... x out x rank`.
+        l: `... x rank`.
+        q: `... x rank x in`.
+    """
+    zero = l == 0
+    rank = int((~zero).sum(-1).max())
+    keep = zero.int().argsort(dim=-1, stable=True)[..., :rank].sort(dim=-1).values
+    p.data = p.data.take_along_dim(keep.unsqueeze(-2), dim=-1).contiguous()
+    l.data = l.data.take_along_dim(keep, dim=-1)
+    q.data = q.data.take_along_dim(keep.unsqueeze(-1), dim=-2).contiguous()
+    p.grad = l.grad = q.grad = None

@@ -1,0 +1,177 @@
+"""AdaLoRA: adaptive budget allocation (Zhang et al. 2023, arXiv:2303.10512).
+
+W' = W + alpha / (r0 + 1e-5) P diag(l) Q,  P, Q ~ N(0, 0.02^2), l = 0, plus a penalty for P and Q that are not orthogonal.
+After every step each entry's sensitivity |w dL/dw| is smoothed; the triplets of lowest score over all layers get
+l = 0, as many as a cubic schedule says, until `target_rank` a layer is left. Those masked train on and may return, until the
+last phase fixes the choice; then the zero triplets are dropped. As in the authors' code, the penalty averages plain
+norms (the paper sums squares); unlike there, ties are broken by position, so that the budget holds exactly.
+Use it when the budget is tight and layers differ; it needs to know how long the run is.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core import fields
+from ...core.experts import PerExpert
+from ...core.init import normal, zeros
+from ...core.method import WeightMethod
+from ...core.operators.triplet import Triplet, compact
+from ...core.registry import method
+from ...core.rule import Rule, Run
+from ...core.tuned import Tuned
+from ...model.weights import Weight
+
+
+@method("adalora", paper="2303.10512", family="adaptive")
+class AdaLoRA(WeightMethod):
+    """Triplets under a falling budget; trains `init_rank * (in + out + 1)` values a layer, ends with `target_rank`."""
+
+    init_rank: int = fields.positive(12, "r0, rank of every layer at the start; the paper takes 1.5 times the target")
+    target_rank: int = fields.positive(8, "average rank of the layers at the end")
+    alpha: float = fields.number(16.0, "numerator of the scale; the divisor stays r0", above=0)
+    dropout: float = fields.fraction(0.0, "probability of dropping an input feature of the branch")
+    t_init: float = fields.number(0.15, "time before the budget falls: below 1 a share of the run, else steps", low=0)
+    t_final: float = fields.number(0.45, "time after it has fallen: below 1 a share of the run, else steps", low=0)
+    interval: int = fields.positive(1, "steps between two allocations while the budget falls")
+    beta1: float = fields.fraction(0.85, "smoothing of the sensitivity")
+    beta2: float = fields.fraction(0.85, "smoothing of its uncertainty")
+    gamma: float = fields.number(0.1, "weight of the orthogonality penalty", low=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target_rank > self.init_rank:
+            raise ValueError(
+                f"adalora: target_rank={self.target_rank} is above init_rank={self.init_rank}; ranks only fall"
+            )
+
+    def delta(self, weight: Weight) -> Triplet:
+        r, std = self.init_rank, 0.02
+        p, l, q = normal(weight.fan_out, r, std=std), zeros(r), normal(r, weight.fan_in, std=std)
+        return Triplet(p, l, q, scale=self.alpha / (r + 1e-5), dropout=self.dropout)
+
+    def rules(self) -> list[Rule]:
+        return [Budget(self)]
+
+    def count(self, weight: Weight) -> int:
+        return self.init_rank * (weight.fan_in + weight.fan_out + 1)
+
+
+class Budget(Rule):
+    """Scores triplets, masks those over budget, and drops them in the end.
+
+    Attributes:
+        smoothed: for every tensor, by name, the smoothed sensitivity and its smoothed uncertainty.
+    """
+
+    def __init__(self, method: AdaLoRA) -> None:
+        self.method = method
+        self.smoothed: dict[str, tuple[Tensor, Tensor]] = {}
+        self.masked: dict[str, Tensor] | None = None  # the final choice, once it is made
+
+    def phases(self, run: Run) -> tuple[int, int]:
+        """Steps before the budget falls, and the step from which on it is the target's.
+
+        Raises:
+            ValueError: when the run is too short for both.
+        """
+        total = run.total_steps
+        first, last = (int(t * total) if t < 1 else int(t) for t in (self.method.t_init, self.method.t_final))
+        if first + last >= max(total, 1):
+            raise ValueError(
+                f"adalora: t_init and t_final take {first} and {last} steps; together they must be below the run's {total}"
+            )
+        return first, total - last
+
+    def budget(self, step: int, run: Run) -> tuple[int, bool]:
+        """How many triplets may be non-zero after this step, and whether to mask now."""
+        first, final = self.phases(run)
+        ranks = [l.numel() for _, _, l, _ in triplets(run.tuned)]
+        start, target = sum(ranks), sum(ranks) * self.method.target_rank // self.method.init_rank
+        if step <= first:
+            return start, False
+        if step > final:
+            return target, True
+        left = 1 - (step - first) / (final - first)
+        return int(target + (start - target) * left**3), step % self.method.interval == 0
+
+    def attached(self, run: Run) -> None:
+        self.phases(run)
+
+    @torch.no_grad()
+    def step_end(self, run: Run) -> None:
+        final = self.phases(run)[1]
+        if run.step < final:
+            self._observe(run.tuned)
+        allowed, mask = self.budget(run.step, run)
+        if mask:
+            chosen = self.masked if self.masked is not None else self._lowest(run.tuned, allowed)
+            for name, _, l, _ in triplets(run.tuned):
+                l.masked_fill_(chosen[name], 0.0)
+            if run.step > final:
+                self.masked = chosen
+        # A hundred points make a picture; a long run need not carry more.
+        if run.step % max(1, run.total_steps // 100) == 0 or run.step == run.total_steps:
+            run.record("budget", allowed)
+            run.record("ranks", {name: int((l != 0).sum()) for name, _, l, _ in triplets(run.tuned)})
+
+    def _observe(self, tuned: Tuned) -> None:
+        b1, b2 = self.method.beta1, self.method.beta2
+        for name, *tensors in triplets(tuned):
+            for key, w in zip("plq", tensors, strict=True):
+                if w.grad is None:
+                    continue
+                sensitivity = (w * w.grad).abs()
+                mean, spread = self.smoothed.get(f"{name}.{key}", (torch.zeros_like(w), torch.zeros_like(w)))
+                mean = mean.to(w.device) * b1 + (1 - b1) * sensitivity
+                spread = spread.to(w.device) * b2 + (1 - b2) * (sensitivity - mean).abs()
+                self.smoothed[f"{name}.{key}"] = mean, spread
+
+    def scores(self, tuned: Tuned) -> dict[str, Tensor]:
+        """Importance of every triplet, by part: that of l plus the means of those of its p and q."""
+
+        def score(name: str, w: Tensor) -> Tensor:
+            mean, spread = self.smoothed.get(name, (torch.zeros_like(w), torch.zeros_like(w)))
+            return (mean * spread).to(w.device)
+
+        return {
+            name: score(f"{name}.l", l) + score(f"{name}.p", p).mean(-2) + score(f"{name}.q", q).mean(-1)
+            for name, p, l, q in triplets(tuned)
+        }
+
+    def _lowest(self, tuned: Tuned, allowed: int) -> dict[str, Tensor]:
+        scores = self.scores(tuned)
+        flat = torch.cat([score.flatten().cpu() for score in scores.values()])
+        out = torch.zeros(len(flat), dtype=torch.bool)
+        out[flat.argsort(stable=True)[: len(flat) - allowed]] = True
+        parts = out.split([score.numel() for score in scores.values()])
+        return {n: part.view_as(s).to(s.device) for (n, s), part in zip(scores.items(), parts, strict=True)}
+
+    def penalty(self, run: Run) -> Tensor | None:
+        if not self.method.gamma:
+            return None
+        norms = []
+        for _, p, _, q in triplets(run.tuned):
+            identity = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
+            norms += [torch.linalg.matrix_norm(gram - identity).reshape(-1) for gram in (p.mT @ p, q @ q.mT)]
+        return self.method.gamma * torch.cat([norm.to(norms[0].device) for norm in norms]).mean()
+
+    def finished(self, run: Run) -> None:
+        if run.step > self.phases(run)[0]:
+            for _, p, l, q in triplets(run.tuned):
+                compact(p, l, q)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"smoothed": self.smoothed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.smoothed, self.masked = dict(state["smoothed"]), None
+
+
+def triplets(tuned: Tuned) -> Iterator[tuple[str, nn.Parameter, nn.Parameter, nn.Parameter]]:
+    """Name, P, l, Q of every part; fused experts hold theirs stacked along a leading axis."""
+    for name, part in tuned.named_parts():
+        if isinstance(part, Triplet) or (isinstance(part, PerExpert) and part.kind == Triplet.__name__):
+            yield name, part.get_parameter("p"), part.get_parameter("l"), part.get_parameter("q")
