@@ -24,6 +24,7 @@ class PerExpert(Delta):
     """
 
     settings: ClassVar[tuple[str, ...]] = ("kind", "count", "inner")
+    prototype: Delta
 
     def __init__(self, deltas: list[Delta]) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
 """AdaLoRA: adaptive budget allocation (Zhang et al. 2023, arXiv:2303.10512).
 
-W' = W + alpha / (r0 + 1e-5) P diag(l) Q,  P, Q ~ N(0, 0.02^2), l = 0, plus a penalty for P and Q that are not orthogonal.
-After every step each entry's sensitivity |w dL/dw| is smoothed; the triplets of lowest score over all layers get
-l = 0, as many as a cubic schedule says, until `target_rank` a layer is left. Those masked train on and may return, until the
-last phase fixes the choice; then the zero triplets are dropped. As in the authors' code, the penalty averages plain
+W' = W + alpha / (r0 + 1e-5) P diag(l) Q,  P, Q ~ N(0, 0.02^2), l = 0, and a penalty that holds P and Q orthogonal.
+After every step each entry's sensitivity |w dL/dw| is smoothed; the triplets of lowest score over all layers get l = 0,
+as many as a cubic schedule says, until `target_rank` a layer is left. Those masked train on and may return, until
+the last phase fixes the choice; then the zero triplets are dropped. As in the authors' code, the penalty averages plain
 norms (the paper sums squares); unlike there, ties are broken by position, so that the budget holds exactly.
 Use it when the budget is tight and layers differ; it needs to know how long the run is.
 """
@@ -81,7 +81,7 @@ class Budget(Rule):
         first, last = (int(t * total) if t < 1 else int(t) for t in (self.method.t_init, self.method.t_final))
         if first + last >= max(total, 1):
             raise ValueError(
-                f"adalora: t_init and t_final take {first} and {last} steps; together they must be below the run's {total}"
+                f"adalora: t_init and t_final take {first} and {last} steps; their sum must be below the run's {total}"
             )
         return first, total - last
 
