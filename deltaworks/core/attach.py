@@ -112,7 +112,11 @@ def attach(
         shared = method.shared(base)
         placed = list(method.parts(base, shared, measured))
     if also is not None:
-        placed += list(unfreeze(base, also))
+        taken = {(item.site.path, item.site.parameter) for item in placed if isinstance(item.part, Trained)}
+        for item in unfreeze(base, also):
+            if (item.site.path, item.site.parameter) not in taken:
+                taken.add((item.site.path, item.site.parameter))
+                placed.append(item)
     if not placed:
         raise ValueError(f"{method.slug} found nothing to change in {type(model).__name__} (on={getattr(method, 'on', None)!r})")
     return install(model, method, placed, shared, name=name)
