@@ -17,7 +17,7 @@ from torch import nn
 
 from ..model.anatomy import Anatomy, Site, describe
 from ..model.kinds import GRAFT
-from ..model.weights import Weight, consumes, is_quantised
+from ..model.weights import Weight, is_quantised, keep_differentiable
 from .graft import Graft, Switchboard, graft, graft_of, ungraft
 from .method import Batches, Method, Placed, label
 from .part import Delta, Part, Shared, Trained
@@ -153,6 +153,7 @@ def install(
                 f"{item.site.path}.{item.site.parameter} is quantised and cannot be trained itself; "
                 "load the base unquantised, or take a method that adds to it, such as lora"
             )
+    keep_differentiable(model)
     if not state.adapters:
         state.flags = {path: parameter.requires_grad for path, parameter in model.named_parameters()}
         model.requires_grad_(False)
@@ -462,5 +463,3 @@ def bake(model: nn.Module, *, untie: bool = False) -> nn.Module:
     del model.__dict__["_deltaworks"]
     return model
 
-
-__all__ = ["Graft", "activate", "attach", "bake", "consumes", "detach", "disable", "label", "merge", "route", "unmerge"]

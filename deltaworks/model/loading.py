@@ -14,7 +14,7 @@ from torch import nn
 
 from .anatomy import FRESH, Anatomy, describe
 from .kinds import base_modules, is_linear, linear_shape
-from .weights import is_quantised
+from .weights import is_quantised, keep_differentiable
 
 TASKS = {
     "causal-lm": "AutoModelForCausalLM",
@@ -75,6 +75,8 @@ def load_base(
     if quantize is not None and not any(is_quantised(parameter) for parameter in model.parameters()):
         other = "; --quantize nf4 also covers GPT-2's Conv1D" if quantize != "nf4" else ""
         raise ValueError(f"{name}: {quantize} found no layer to quantise in {type(model).__name__}{other}")
+    if quantize == "nf4":
+        keep_differentiable(model)
     if quantize is None and device is not None:
         model = model.to(device)
     return model.eval()

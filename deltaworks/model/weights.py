@@ -9,7 +9,7 @@ plain vector where it is one). For an embedding the input is the one-hot token, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,22 @@ def dequantised(layer: nn.Module, tensor: Tensor) -> Tensor:
         scale = tensor.SCB if tensor.SCB is not None else layer.state.SCB  # type: ignore[union-attr]
         return int8_vectorwise_dequant(tensor.data, cast(Tensor, scale))
     return tensor.data.dequantize()  # type: ignore[operator]
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights for inference on CPUs, and undo it where it has.
+
+    In eval mode its layers rewrite their weights, at the first call, for a kernel without gradient; training through
+    them would then go wrong in silence.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            weight: Any = module.weight
+            if getattr(weight.quant_state, "packing_format_for_cpu", False):
+                from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+                weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
 
 
 class Weight:

@@ -24,7 +24,7 @@ def effective_linear(x: Tensor, layer: nn.Module, deltas: Sequence[Delta]) -> Te
     """
     bias = _fold_bias(layer, deltas)
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or not torch.is_grad_enabled():
-        return nn.functional.linear(x, _fold(layer, deltas), bias)
+        return nn.functional.linear(x, _fold(layer, deltas).to(x.dtype), bias)
     y: Any = _EffectiveLinear.apply(x, layer, deltas, *trainable(deltas))
     return y if bias is None else y + bias
 
@@ -56,7 +56,7 @@ class _EffectiveLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: nn.Module, deltas: Sequence[Delta], *parameters: Tensor) -> Tensor:
         ctx.layer, ctx.deltas = layer, deltas
         ctx.save_for_backward(x if any(ctx.needs_input_grad[3:]) else None)
-        return nn.functional.linear(x, _fold(layer, deltas))
+        return nn.functional.linear(x, _fold(layer, deltas).to(x.dtype))
 
     @staticmethod
     @once_differentiable
@@ -65,7 +65,7 @@ class _EffectiveLinear(torch.autograd.Function):
         g = gradients[0]
         parameters = trainable(ctx.deltas)
         with torch.enable_grad():
-            weight = _fold(ctx.layer, ctx.deltas)
+            weight = _fold(ctx.layer, ctx.deltas).to(g.dtype)
         dx = g @ weight.detach() if ctx.needs_input_grad[0] else None
         if not parameters:
             return dx, None, None
