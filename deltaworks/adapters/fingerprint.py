@@ -1,7 +1,8 @@
 """A short mark of a base's weights, to tell whether an adapter belongs to it.
 
 Two hashes: one over the names and shapes of the parameters, one over a strided sample of their values rounded to
-bfloat16, so that a base in float32 and its copy in bfloat16 have the same. Quantised and sharded weights count by shape.
+bfloat16, so that a base in float32 and its copy in bfloat16 have the same. Of quantised and sharded weights the shapes
+count.
 """
 
 from __future__ import annotations

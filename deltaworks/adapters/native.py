@@ -6,8 +6,8 @@
      "parts": [{"path": ..., "parameter": ..., "part": ..., "label": ..., "kind": "LowRank", "settings": {...},
                 "tensors": {"a": "F32 8x32", "b": "F32 48x8"}}]}
 
-A tensor is called `<path>:<label>.<tensor>`, `@<shared>.<tensor>`, or by the base's own name where it replaces a parameter
-of the base. Loading makes the parts again from what stands there; the method's own initialisation does not run.
+A tensor is called `<path>:<label>.<tensor>`, `@<shared>.<tensor>`, or by the base's own name where it replaces one of the
+base's parameters. Loading makes the parts again from what stands there; the method's own initialisation does not run.
 """
 
 from __future__ import annotations
@@ -370,9 +370,8 @@ def check_settings(cls: type, settings: dict[str, Any], wanted: set[str]) -> Non
         if float in plain:
             plain.add(int)
         if plain and plain == kinds | (plain & {int}) and type(value) not in plain:
-            raise ValueError(
-                f"{cls.__name__}: {name}={value!r} is not allowed; it must be {introspect.formatannotation(hints[name])}"
-            )
+            wanted_type = introspect.formatannotation(hints[name])
+            raise ValueError(f"{cls.__name__}: {name}={value!r} is not allowed; it must be {wanted_type}")
         if type(value) is int and "seed" not in name and abs(value) >= 1 << 32:
             raise ValueError(f"{cls.__name__}: {name}={value} is out of range")
         if name == "dropout" and not (isinstance(value, (int, float)) and 0 <= value < 1):

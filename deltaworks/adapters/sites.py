@@ -1,4 +1,4 @@
-"""From names in a file to places in a model, and whether a part fits there. Nothing is allocated and nothing changed."""
+"""From names in a file to places in a model, and whether a part fits there. Nothing is allocated, nothing changed."""
 
 from __future__ import annotations
 

@@ -1,16 +1,18 @@
 """The safetensors file: written by the library, read by a reader of our own.
 
 The format is eight bytes of length, a JSON header, and raw values. Reading it here takes little more code than wrapping
-someone else's errors, and lets every fault (sizes, overlaps, doubled names, values that are not finite) be one clear line.
+someone else's errors, and lets every fault (sizes, overlaps, doubled names, values that are not finite) be one clear
+line.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from io import BufferedReader
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -72,7 +74,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     return {name: tensors[name] for name in entries}
 
 
-def _header(file: Path, stream: BinaryIO) -> dict[str, Entry]:
+def _header(file: Path, stream: BufferedReader) -> dict[str, Entry]:
     size = os.fstat(stream.fileno()).st_size
     first = stream.read(8)
     if not first:
@@ -119,7 +121,7 @@ def _entry(file: Path, name: str, value: Any) -> Entry:
     return Entry(dtype, tuple(shape), begin, end)
 
 
-def _values(file: Path, name: str, entry: Entry, stream: BinaryIO) -> Tensor:
+def _values(file: Path, name: str, entry: Entry, stream: BufferedReader) -> Tensor:
     dtype = DTYPES[entry.dtype]
     if entry.begin == entry.end:
         return torch.empty(entry.shape, dtype=dtype)

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from ...core.tuned import Tuned
 from ..files import refuse
 from ..native import Plan
-from . import lora
+from . import adalora, c3a, fourierft, ia3, layernorm, lora, vera
 from .draft import Draft
 from .source import Source
 
-KINDS: dict[str, ModuleType] = {module.KIND: module for module in (lora,)}
+KINDS: dict[str, ModuleType] = {module.KIND: module for module in (ia3, vera, fourierft, c3a, adalora, lora, layernorm)}
 
 
 def read(model: nn.Module, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
@@ -41,6 +41,8 @@ def write(handle: Tuned) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ValueError: naming the part or hyper-parameter that PEFT's format has no words for.
     """
     draft = Draft(handle)
+    if not draft.parts:
+        return layernorm.write(draft), draft.tensors
     for module in KINDS.values():
         if draft.parts and all(module.fits(part) for part in draft.parts):
             return module.write(draft), draft.tensors

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...core.attach import state_of
 from ...core.method import weight_at
@@ -59,6 +59,11 @@ class Draft:
         """PEFT's name for what the model does, None where its class for it would expect what we do not have."""
         name = type(self.model).__name__
         task = next((task for end, task in TASKS.items() if name.endswith(end)), None)
+        # PEFT's classes pass token ids on by position; sounds and pictures go through its plain one.
+        if getattr(self.model, "main_input_name", "input_ids") != "input_ids":
+            return None
+        if task == "SEQ_2_SEQ_LM" and not self.base.is_encoder_decoder:
+            return None
         heads = [path for path, _ in modules(self.model) if path.rpartition(".")[2] in HEADS.get(task or "", ())]
         trained = {path for path, _ in self.values}
         return None if any(not any(t == h or t.startswith(f"{h}.") for t in trained) for h in heads) else task
@@ -92,7 +97,7 @@ class Draft:
             raise self.refuse(
                 f"the bias of {alone[0]}", f'PEFT trains all biases, or those of the adapted layers ("{only}")'
             )
-        for path in trained if mode == "all" else alone:
+        for path in alone:
             self.put(f"{path}.base_layer.bias" if path in targets else f"{path}.bias", self.values.pop((path, "bias")))
         return mode
 
@@ -120,6 +125,10 @@ class Draft:
                     self.put(f"{path}.{name}", self.values.get((path, name), value))
         return paths or None
 
+    def conv1d(self, paths: list[str]) -> bool:
+        """Whether these layers store their weight transposed, as GPT-2's do (`fan_in_fan_out`)."""
+        return {type(self.model.get_submodule(path)).__name__ for path in paths} == {"Conv1D"}
+
     def _complete(self, path: str) -> bool:
         own = self.model.get_submodule(path)
         return all((path, name) in self.values for name, value in own._parameters.items() if value is not None)
@@ -145,8 +154,3 @@ def _place(part: Part) -> tuple[str, str]:
 def number(value: float) -> int | float:
     """A float that is a whole number as one, as people write it."""
     return int(value) if float(value).is_integer() else value
-
-
-def only_child(module: nn.Module) -> bool:
-    """Whether a module has no modules below it, grafts aside."""
-    return all(name == "deltaworks" for name, _ in module.named_children())

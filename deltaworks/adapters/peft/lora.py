@@ -230,7 +230,6 @@ def write(draft: Draft) -> dict[str, Any]:
     for (path, parameter), factors in found.items():
         _put(draft, path, parameter, factors, [name for place, name in fused if place == path])
     bias = draft.biases(targets, "lora_only")
-    layers = {type(draft.model.get_submodule(path)).__name__ for path in targets}
     return draft.config(
         KIND,
         r=rank,
@@ -244,7 +243,7 @@ def write(draft: Draft) -> dict[str, Any]:
         use_dora=dora == {True},
         bias=bias,
         modules_to_save=draft.saved(),
-        fan_in_fan_out=layers == {"Conv1D"},
+        fan_in_fan_out=draft.conv1d(targets),
         init_lora_weights=True,
         layers_to_transform=None,
         layers_pattern=None,

@@ -1,4 +1,4 @@
-"""A PEFT folder being read: every key and every tensor is taken exactly once, and what is left at the end is refused."""
+"""A PEFT folder being read: every key and every tensor is taken once, and what is left at the end is refused."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ class Source:
                 if "deltaworks" in name.split("."):
                     continue
                 owner, _, own = f"{path}.{name}".rpartition(".")
-                for extra in ("original_module", f"modules_to_save.{'default'}"):  # written beside it with bias="all"
+                for extra in ("original_module", "modules_to_save"):  # PEFT writes copies beside it with bias="all"
                     self.tensors.pop(f"{path}.{extra}.{name}", None)
                 new = self.tensor(f"{owner}.{own}")
                 if own not in self.model.get_submodule(owner)._parameters:

@@ -81,7 +81,7 @@ def _linear(model: nn.Module) -> list[str]:
 
 
 def named(model: nn.Module, paths: Sequence[str]) -> list[str]:
-    """What `target_modules` holds for these modules: last names where they mean exactly these, whole names elsewhere."""
+    """What `target_modules` holds for these modules: last names where they mean exactly these, whole ones if not."""
     last = sorted({path.rpartition(".")[2] for path in paths})
     meant = {path for path, _ in modules(model) if path and ends_with(path, last)}
     return last if meant == set(paths) else list(paths)
@@ -93,7 +93,11 @@ def pattern_for(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
 
 
 def patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """One value per module as a default and the patterns of those that differ."""
+    """One value per module as a default and the patterns of those that differ.
+
+    A pattern is a last name where all modules of that name agree, and a whole name elsewhere, which every PEFT type
+    finds whether it takes patterns as regular expressions or looks names up.
+    """
     default = Counter(values.values()).most_common(1)[0][0]
     by_last: dict[str, set[Any]] = {}
     for path, value in values.items():
@@ -101,8 +105,6 @@ def patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     found: dict[str, Any] = {}
     for path, value in values.items():
         last = path.rpartition(".")[2]
-        if len(by_last[last]) > 1 and value != default:
-            found["^" + re.escape(path)] = value
-        elif value != default:
-            found[re.escape(last)] = value
+        if value != default:
+            found[path if len(by_last[last]) > 1 else last] = value
     return default, found
