@@ -18,7 +18,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def sample(module: str, settings: Mapping[str, Any], threads: int) -> dict[str, Any]:
     """One measurement: `python -m MODULE JSON` in a fresh process, whose last line of output is a JSON object."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**os.environ, **offline, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
         [sys.executable, "-m", module, json.dumps(settings)], capture_output=True, text=True, env=environment
     )
@@ -66,7 +67,8 @@ def machine() -> dict[str, Any]:
     import torch
     import transformers
 
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
+    versions["python"] = platform.python_version()
     for name in ("peft", "trl"):
         try:
             versions[name] = __import__(name).__version__

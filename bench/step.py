@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from typing import Any
 
 from .measure import interleaved, machine, median, ratio, write
@@ -66,8 +67,8 @@ def table(record: dict[str, Any]) -> str:
         f"{record['machine']['device']}, {record['threads']} threads, {record['repeats']} repeats, "
         f"{record['machine']['date']}, {record['machine']['versions']}; `{record['command']}`",
         "",
-        "Medians over repeats (least to greatest). Time over the frozen base's forward and backward; saved bytes are what "
-        "autograd keeps for backward beyond parameters.",
+        "Medians over repeats (least to greatest). Time over the frozen base's forward and backward; saved bytes are "
+        "what autograd keeps for backward beyond parameters.",
         "",
         "| method | time / frozen | time / full | time / PEFT | saved bytes / PEFT | saved MB |",
         "|---|---|---|---|---|---|",
@@ -126,7 +127,7 @@ def main() -> None:
         rows[slug or "full"] = row
     over = [row["peft"]["median"] for row in rows.values() if row.get("peft")]
     record = {
-        "command": "python -m bench.step " + " ".join(f"--{k} {v}" for k, v in vars(options).items() if v and k != "methods"),
+        "command": " ".join(["python -m bench.step", *sys.argv[1:]]),
         "machine": machine(),
         "shape": options.shape,
         "settings": settings,

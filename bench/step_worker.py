@@ -109,7 +109,8 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     trained = sum(parameter.numel() for parameter in parameters)
     optimizer = torch.optim.AdamW(parameters, lr=1e-4) if parameters else None
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, settings["vocabulary"], (settings["batch"], settings["tokens"]), generator=generator).to(device())
+    ids = torch.randint(0, settings["vocabulary"], (settings["batch"], settings["tokens"]), generator=generator)
+    ids = ids.to(device())
     embed = model.get_input_embeddings()
     prompted = settings.get("config") in ("PromptTuningConfig", "PrefixTuningConfig")
 

@@ -14,7 +14,7 @@ def command(
     output: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
     format: Annotated[str, typer.Option(help="peft, vllm (a plain LoRA it accepts) or deltaworks.")] = "peft",
     base: Annotated[str | None, typer.Option(help="The base; the one the adapter names, if not given.")] = None,
-    rank: Annotated[int | None, typer.Option(help="vllm: rank of the LoRA; the smallest exact one, if not given.")] = None,
+    rank: Annotated[int | None, typer.Option(help="vllm: the LoRA's rank; the smallest exact one, if not given.")] = None,
     task: Annotated[str, typer.Option(help="What the base is loaded for.")] = "causal-lm",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -31,7 +31,7 @@ def command(
     if rank is not None and format != "vllm":
         raise ValueError("--rank only makes sense with --format vllm")
     fresh_folder(output)
-    model, _, tuned = open_tuned(adapter, base, task)
+    _, _, tuned = open_tuned(adapter, base, task)
     report = {"output": str(output), "format": format}
     if format == "vllm":
         report |= adapters.export_vllm(tuned, output, rank=rank)
@@ -40,4 +40,5 @@ def command(
     if as_json:
         print(json.dumps(report, default=str))
     else:
-        print(f"{format} adapter in {output}" + (f", largest relative error {report['error']:.2e}" if "error" in report else ""))
+        error = f", largest relative error {report['error']:.2e}" if "error" in report else ""
+        print(f"{format} adapter in {output}{error}")

@@ -14,7 +14,7 @@ def command(
     output: Annotated[Path, typer.Option(help="Folder for the merged model; must not exist.")],
     base: Annotated[str | None, typer.Option(help="The base; the one the adapter names, if not given.")] = None,
     task: Annotated[str, typer.Option(help="What the base is loaded for.")] = "causal-lm",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the base's own, if not given.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; the base's own, if not given.")] = None,
     untie: Annotated[bool, typer.Option(help="Give a tied head or embedding a copy of its own.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from tests.families import FAMILIES
 from torch import Tensor, nn
 
 import deltaworks as dw
 from deltaworks.core.method import Method
+from tests.families import FAMILIES
 
 METHODS = list(dw.methods())
 # One of every kind of base; a decoder first, on which every method must work.

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import deltaworks as dw
-
 from tests.conformance.subject import KINDS, METHODS, attach, build, loss, nudge, output
 
 

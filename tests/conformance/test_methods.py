@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ import torch
 import deltaworks as dw
 from deltaworks.core.method import WeightMethod, weight_at
 from deltaworks.core.part import Trained
-
 from tests.conformance.subject import METHODS, adapted, attach, base_names, build, loss, nudge, output, settings
 
 every = pytest.mark.parametrize("slug", METHODS)
@@ -155,7 +155,8 @@ def test_it_works_in_bfloat16(slug: str) -> None:
     loss(model, batch).backward()
     for name, p in tuned.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), name
-    in_place = {id(model.get_parameter(f"{q.site.path}.{q.site.parameter}")) for q in tuned.parts() if isinstance(q, Trained)}
+    places = [part.site for part in tuned.parts() if isinstance(part, Trained)]
+    in_place = {id(model.get_parameter(f"{site.path}.{site.parameter}")) for site in places}
     assert all(p.dtype == torch.float32 or id(p) in in_place for p in tuned.parameters())
 
 
@@ -171,7 +172,7 @@ def test_autocast_gives_the_same_within_its_precision(slug: str) -> None:
 
 @every
 def test_copies_and_pickles_are_as_good_as_the_model(slug: str) -> None:
-    model, batch, tuned = adapted(slug)
+    model, batch, _ = adapted(slug)
     expected = output(model, batch)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(output(twin, batch), expected)
@@ -308,7 +309,7 @@ def _train(slug: str, steps: int, stop: int | None = None, tmp_path=None):
         inputs = {k: v[rows] for k, v in batch.items()}
         rules.emit("step_begin")
         if rules.owner is not None:
-            rules.owner.own_step(rules.run, lambda inputs=inputs: loss(model, inputs), lr)
+            rules.owner.own_step(rules.run, partial(loss, model, inputs), lr)
         else:
             value = loss(model, inputs)
             penalty = rules.penalty()

@@ -106,7 +106,8 @@ def test_base_weights_that_are_quantised_cannot_be_trained_themselves(quantised)
 def test_a_base_that_bitsandbytes_repacked_for_inference_trains_all_the_same(saved) -> None:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    model = AutoModelForCausalLM.from_pretrained(saved, quantization_config=BitsAndBytesConfig(load_in_4bit=True)).eval()
+    packed = BitsAndBytesConfig(load_in_4bit=True)
+    model = AutoModelForCausalLM.from_pretrained(saved, quantization_config=packed).eval()
     inputs = batch()
     with torch.no_grad():
         before = model(**inputs).logits
