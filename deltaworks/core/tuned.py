@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attach import State, named_parts, state_of
+from .graft import graft_of
 from .method import Method
 from .part import Part, Trained
 from .rule import Rule, Rules, Run
@@ -105,6 +106,24 @@ class Tuned:
     def named_parts(self) -> Iterator[tuple[str, Part]]:
         """`<module path>.<label>` and part."""
         return named_parts(self.model, self.name)
+
+    def exchange(self, name: str, part: Part) -> None:
+        """Put a part into the place of another, as one that trained in another form than it serves.
+
+        Args:
+            name: the old part's name, as in `named_parts`.
+            part: the new one; shared tensors that nothing borrows any more go.
+        """
+        old = dict(self.named_parts())[name]
+        path, _, label = name.rpartition(".")
+        found = graft_of(self.model.get_submodule(path))
+        assert found is not None
+        part.site = old.site
+        part.train(old.training)
+        found.get_submodule(self.name)._modules[label] = part
+        adapter = self.state.adapters[self.name]
+        lent = {key for other in self.parts() for key in other.borrowed}
+        adapter.shared = {key: module for key, module in adapter.shared.items() if key in lent}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Everything of this adapter that receives gradients; a base parameter under its own name."""
