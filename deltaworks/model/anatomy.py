@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 What = Literal["weight", "module"]
@@ -213,7 +214,9 @@ def describe(model: nn.Module) -> Anatomy:
     known = _KNOWN.get(model)
     if known is not None and known[0] == print_:
         return replace(known[1], model=model)
-    found = survey(model)
+    # Neither an inference mode nor a default device around the call may reach into the traced passes.
+    with torch.inference_mode(False), torch.device("cpu"):
+        found = survey(model)
     _KNOWN[model] = (print_, replace(found, model=nn.Identity()))  # without the model, or it would never be freed
     return found
 

@@ -103,14 +103,14 @@ def _sensitivity(
     for args, kwargs in dummy_inputs(shell):
         args = tuple(_on_cpu(value) for value in args)
         kwargs = {name: _on_cpu(value) for name, value in kwargs.items()}
-        try:
-            with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            try:
                 shell(*args, **kwargs)
-        except _Reached:
-            (gradient,) = torch.autograd.grad(seen["result"][..., of, :].sum(), seen["z"], allow_unused=False)
-            return gradient[..., to, :].abs().reshape(-1, fan_out).sum(0)
-        except Exception as error:
-            failure = error
+            except _Reached:
+                (gradient,) = torch.autograd.grad(seen["result"][..., of, :].sum(), seen["z"])
+                return gradient[..., to, :].abs().reshape(-1, fan_out).sum(0)
+            except Exception as error:
+                failure = error
     raise failure or RuntimeError(f"{output} is never called")
 
 

@@ -597,13 +597,14 @@ class _Survey:
         unit.out["mlp"] = down[0] if down else unit.experts
         unit.out["ssm"] = unit.ssm
         begins = [name for role in ("gate_up", "gate", "up") for name in unit.mlp.get(role, [])]
-        parents = {name.rpartition(".")[0] for group in unit.mlp.values() for name in group}
-        if unit.experts:
-            parents = {unit.experts.rpartition(".")[0]}
-        if len(parents) == 1 and (parent := parents.pop()) != unit.path:
-            unit.mlp_in = unit.mlp_module = parent
-        else:
-            unit.mlp_in = next(iter(begins), unit.experts)
+        entrance = unit.experts or next(iter(begins), None)
+        if entrance is None:
+            return
+        around = entrance.rpartition(".")[0]
+        layers = {name for group in unit.mlp.values() for name in group} | ({unit.experts} if unit.experts else set())
+        unit.mlp_in = around if around != unit.path else entrance
+        if around != unit.path and all(_holds(around, name) for name in layers):
+            unit.mlp_module = around
 
     # Writing it down.
 
