@@ -161,7 +161,7 @@ def install(
     places = []
     for item in placed:
         module = model.get_submodule(item.site.path)
-        _home(item.part, module, item.site)
+        _home(item.part, model, item.site)
         item.part.site = item.site
         uncalled = [item.site.parameter] if not item.site.called and item.site.parameter else []
         graft(module, state.board, uncalled).add(name, item.label, item.part)
@@ -176,10 +176,14 @@ def install(
     return Tuned(model, name)
 
 
-def _home(part: Part, module: nn.Module, site: Site) -> None:
+def _home(part: Part, model: nn.Module, site: Site) -> None:
     """Move a part to its module's device; trainable tensors in at least float32, as optimizers need."""
-    own = module._parameters.get(site.parameter) if site.parameter else None
-    like = own if own is not None else next(iter(module.parameters()), None)
+    path = site.path
+    own = model.get_submodule(path)._parameters.get(site.parameter) if site.parameter else None
+    like = own if own is not None else next(model.get_submodule(path).parameters(), None)
+    while like is None and path:  # a dropout or an activation lives where its surroundings do
+        path = path.rpartition(".")[0]
+        like = next(model.get_submodule(path).parameters(), None)
     if like is None:
         return
     part.to(device=like.device)
