@@ -69,6 +69,6 @@ class Spectral(Scaled):
     def _waves(self, frequencies: Tensor, size: int) -> Tensor:
         """Cosines and sines of the frequencies over `size` points, `size x 2n`; the phase is reduced in integers."""
         points = torch.arange(size, device=frequencies.device)
-        turn = (points * (2 * math.pi / size)).to(self.c.dtype)
+        turn = points.to(self.c.dtype) * (2 * math.pi / size)
         phase = points.unsqueeze(1) * frequencies % size
         return torch.cat([turn.cos()[phase], turn.sin()[phase]], dim=1)
