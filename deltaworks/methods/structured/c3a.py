@@ -3,6 +3,7 @@
 W' = W + g C,  C made of b x b circulant blocks, each one trained vector: `out in / b` values, yet of any rank.
 The authors' code, in `peft`, divides by the input width (g = 1 / in), the paper's formula does not (g = 1); the usual
 rates, 1e-1 and more, belong to the former, which is the default. The default start, Xavier, changes the output.
+Gradients here are the derivatives; those written out in `peft` 0.21 mirror the blocks for b > 2 and are not.
 Use it when low rank is what holds LoRA back and memory is short.
 """
 

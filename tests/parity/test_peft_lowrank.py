@@ -1,0 +1,111 @@
+"""The low-rank pages compute what `peft` computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import deltaworks as dw
+from deltaworks.core.operators.scaled import RandomPair
+from tests.methods.toys import net
+from tests.parity.twins import assert_equal, layer, twins
+
+peft = pytest.importorskip("peft")
+BOTH = ["first", "second"]
+
+
+def factors(layer) -> dict[str, torch.Tensor]:
+    return {"a": layer.lora_A["default"].weight, "b": layer.lora_B["default"].weight}
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_lora(rslora: bool) -> None:
+    method = dw.LoRA(on=nn.Linear, rank=3, alpha=5.0, rslora=rslora)
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=BOTH, use_rslora=rslora)
+    assert_equal(*twins(method, config, factors), factors)
+
+
+def test_lora_starts_like_theirs() -> None:
+    theirs = peft.get_peft_model(net(64, 8, 6)[0], peft.LoraConfig(r=8, target_modules=BOTH))
+    ours = dw.attach(net(64, 8, 6)[0], dw.LoRA(on=nn.Linear, rank=8), seed=0)
+    a, b = (layer(theirs, "first").lora_A["default"].weight, next(ours.parts()).a)
+    assert a.abs().max() <= 1 / 8 and b.abs().max() <= 1 / 8
+    assert abs(a.std() / b.std() - 1) < 0.1
+
+
+def test_lora_fa() -> None:
+    from peft.optimizers import create_lorafa_optimizer
+
+    method = dw.LoRAFA(on=nn.Linear, rank=3, alpha=5.0)
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=BOTH)
+    ours, tuned, theirs = twins(method, config, factors)
+    create_lorafa_optimizer(theirs, r=3, lora_alpha=5, lr=1e-3)  # freezes their A
+    assert not any(p.requires_grad for n, p in theirs.named_parameters() if "lora_A" in n)
+    assert_equal(ours, tuned, theirs, factors)
+
+
+def test_dora() -> None:
+    def translate(layer) -> dict[str, torch.Tensor]:
+        return factors(layer) | {"magnitude": layer.lora_magnitude_vector["default"].weight}
+
+    method = dw.DoRA(on=nn.Linear, rank=3, alpha=5.0)
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=BOTH, use_dora=True)
+    assert_equal(*twins(method, config, translate), translate)
+
+
+def test_dora_starts_with_the_same_magnitude() -> None:
+    theirs = peft.get_peft_model(net()[0], peft.LoraConfig(r=3, target_modules=BOTH, use_dora=True))
+    tuned = dw.attach(net()[0], dw.DoRA(on=nn.Linear, rank=3), seed=0)
+    for name, part in tuned.named_parts():
+        expected = layer(theirs, name).lora_magnitude_vector["default"].weight
+        assert torch.allclose(part.magnitude, expected)
+
+
+@pytest.mark.parametrize("alpha", [3.0, 12.0])
+def test_pissa(alpha: float) -> None:
+    """Theirs moves the base; ours subtracts the start. The functions, and the gradients, are the same."""
+    theirs = peft.get_peft_model(
+        net()[0].float(), peft.LoraConfig(r=3, lora_alpha=alpha, target_modules=BOTH, init_lora_weights="pissa")
+    ).double()
+    ours, x = net()
+    base = ours(x)
+    tuned = dw.attach(ours, dw.PiSSA(on=nn.Linear, rank=3, alpha=alpha, niter=None), seed=0)
+    for name, part in tuned.named_parts():
+        a, b = factors(layer(theirs, name)).values()
+        # Singular vectors have a free sign, the product has none; theirs is rounded to float32 on the way.
+        assert torch.allclose(part.b @ part.a, b @ a, atol=1e-6)
+        with torch.no_grad():
+            for own, start, value in ((part.a, part.a0, a), (part.b, part.b0, b)):
+                own.copy_(value)
+                start.copy_(value)
+            layer(theirs, name).base_layer.weight.copy_(net()[0].get_parameter(name) - part.scale * b @ a)
+    assert torch.allclose(ours(x), base) and torch.allclose(theirs(x), base)
+    with torch.no_grad():
+        for name, part in tuned.named_parts():
+            for own, value in factors(layer(theirs, name)).items():
+                value.add_(torch.randn_like(value), alpha=0.2)
+                part.get_parameter(own).copy_(value)
+    assert_equal(ours, tuned, theirs, factors)
+
+
+def test_vera() -> None:
+    def translate(layer) -> dict[str, torch.Tensor]:
+        return {"lambda_b": layer.vera_lambda_b["default"], "lambda_d": layer.vera_lambda_d["default"]}
+
+    method = dw.VeRA(on=nn.Linear, rank=4, d_initial=0.1, seed=11)
+    config = peft.VeraConfig(r=4, target_modules=BOTH, projection_prng_key=11, d_initial=0.1)
+    ours, tuned, theirs = twins(method, config, translate)
+    for part in tuned.parts():
+        # The same seed is the same pair; theirs was drawn in float64 here, so both take our numbers.
+        part.pair.a.copy_(layer(theirs, "first").vera_A["default"])
+        part.pair.b.copy_(layer(theirs, "first").vera_B["default"])
+    assert_equal(ours, tuned, theirs, translate)
+
+
+def test_vera_draws_the_same_pair_from_the_same_seed() -> None:
+    model, _ = net()
+    theirs = peft.get_peft_model(model.float(), peft.VeraConfig(r=4, target_modules=BOTH, projection_prng_key=11))
+    pair = RandomPair(4, 12, 8, seed=11)
+    assert torch.equal(pair.a, layer(theirs, "first").vera_A["default"])
+    assert torch.equal(pair.b, layer(theirs, "first").vera_B["default"])
