@@ -82,14 +82,21 @@ def test_the_gradient_is_the_derivative(slug: str) -> None:
     generator = torch.Generator().manual_seed(3)
     directions = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in tuned.parameters()]
     slope = sum((p.grad * d).sum() for p, d in zip(tuned.parameters(), directions, strict=True))
-    values, step = [], 1e-5
-    with torch.no_grad():
+
+    def agrees(step: float) -> bool:
+        values = []
         for sign in (1, -2):
             for p, d in zip(tuned.parameters(), directions, strict=True):
                 p.add_(d, alpha=sign * step)
             values.append(loss(model, batch))
-    numeric = (values[0] - values[1]) / (2 * step)
-    assert bool((numeric - slope).abs() <= 1e-5 * numeric.abs().clamp(min=1e-6)) == cls.exact_gradient
+        for p, d in zip(tuned.parameters(), directions, strict=True):
+            p.add_(d, alpha=step)
+        numeric = (values[0] - values[1]) / (2 * step)
+        return bool((numeric - slope).abs() <= 1e-5 * numeric.abs().clamp(min=1e-6))
+
+    with torch.no_grad():
+        # The smaller step is for methods with kinks (ReLU), which the larger may cross.
+        assert (agrees(1e-5) or agrees(1e-7)) == cls.exact_gradient
 
 
 @every
