@@ -1,0 +1,79 @@
+"""Second moments are those of all activations at once, whatever the batches and passes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deltaworks.statistics import SecondMoment, second_moments
+from tests.families import FAMILIES
+
+
+def seen(model: torch.nn.Module, path: str, batches: list) -> torch.Tensor:
+    """Every visible token's input of a module, `tokens x width`, float64."""
+    kept: list[torch.Tensor] = []
+    masks = iter([batch["attention_mask"].bool() for batch in batches])
+    hook = model.get_submodule(path).register_forward_pre_hook(lambda m, a: kept.append(a[0][next(masks)].double()))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    hook.remove()
+    return torch.cat(kept)
+
+
+def test_the_running_moment_is_the_moment_of_everything() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(60, 5) * 3 + 1
+    moment, other = SecondMoment(5), SecondMoment(5)
+    for part in x[:40].split([1, 22, 17]):
+        moment.update(part)
+    other.update(x[40:].reshape(2, 10, 5))
+    moment.merge(other)
+    exact = x.double()
+    assert moment.count == 60
+    assert torch.allclose(moment.mean, exact.mean(0), atol=1e-5)
+    assert torch.allclose(moment.uncentred, exact.T @ exact / 60, rtol=1e-5)
+    assert torch.allclose(moment.covariance, torch.cov(exact.T, correction=0), rtol=1e-4, atol=1e-5)
+
+
+def test_principal_directions_are_the_right_singular_vectors() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(50, 6) @ torch.diag(torch.tensor([5.0, 3, 2, 1, 0.5, 0.1]))
+    moment = SecondMoment(6)
+    moment.update(x)
+    values, vectors = moment.principal(3)
+    _, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
+    assert torch.allclose(values, s[:3].square() / 50, rtol=1e-4)
+    assert torch.allclose((vh[:3] @ vectors).abs(), torch.eye(3, dtype=torch.float64), atol=1e-3)
+
+
+@pytest.mark.parametrize("per_pass", [None, 1])
+def test_a_models_moments_leave_padding_out(per_pass: int | None) -> None:
+    model, batch = FAMILIES["llama"]()
+    batches = [batch, {k: v.flip(0) for k, v in batch.items()}]
+    paths = ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj"]
+    measured = dict(second_moments(model, paths, batches, per_pass=per_pass))
+    for path in paths:
+        x = seen(model, path, batches)
+        assert measured[path].count == len(x) < 2 * batch["input_ids"].numel()
+        assert torch.allclose(measured[path].uncentred, x.T @ x / len(x), rtol=1e-4, atol=1e-6)
+
+
+def test_a_diagonal_moment_of_outputs() -> None:
+    model, batch = FAMILIES["bert"]()
+    path = "bert.encoder.layer.0.output.dense"
+    ((_, moment),) = second_moments(model, [path], [batch], outputs=True, diagonal=True)
+    assert moment.products.shape == (32,)
+    with pytest.raises(ValueError, match="no principal directions"):
+        moment.principal(1)
+
+
+def test_the_model_is_left_as_it_was_and_silence_is_an_error() -> None:
+    model, batch = FAMILIES["bert"]()
+    model.train()
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    list(second_moments(model, ["cls.predictions.decoder"], [batch]))
+    assert model.training and all(module.training for module in model.modules())
+    with pytest.raises(ValueError, match="read no activations"):
+        list(second_moments(model, ["cls.predictions.decoder"], []))
+    assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
