@@ -153,7 +153,7 @@ def attended(layer: nn.Module, parts: Sequence[Attending], call: Callable[..., A
             layer.config = config
     if not view.read:
         raise ValueError(
-            f"{type(layer).__name__} computes attention by itself and not through transformers' attention functions, so "
+            f"{type(layer).__name__} computes attention by itself, not through transformers' attention functions, so "
             "nothing can be added inside; take a method that changes weights or activations, such as lora"
         )
     return result

@@ -133,6 +133,17 @@ def test_padding_changes_nothing() -> None:
     assert torch.allclose(padded, alone, atol=1e-5)
 
 
+def test_no_sliding_window_hides_the_prefix() -> None:
+    model, batch, tuned = adapted("gemma3", hidden=None)
+    ids = batch["input_ids"][:1]
+    before = model(input_ids=ids).logits
+    with torch.no_grad():
+        for part in tuned.parts():
+            part.value.add_(1.0)
+    changed = (model(input_ids=ids).logits - before).abs().amax(-1)
+    assert ids.shape[1] > model.config.sliding_window and (changed > 1e-4).all()
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_prefix_from_text_is_the_text(family: str) -> None:
     text = [11, 12, 13]

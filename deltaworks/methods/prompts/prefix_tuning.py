@@ -4,7 +4,9 @@ Attention reads [P_k; K] and [P_v; V] instead of K and V, with P_k, P_v of its o
 [P_k; P_v] of all layers are an MLP of m embeddings, tanh between two linear layers; at the end of training the table
 it makes takes its place, and only that is kept. Encoder, decoder and cross-attention have embeddings and an MLP each,
 as in the authors' code.
-Prefix keys have no position, and text begins at position 0; PEFT lets it begin at m (`positions="shifted"`).
+Prefix keys have no position and no window hides them; text begins at position 0. HF PEFT keeps prefixes in the cache:
+text begins at m (`positions="shifted"` here), sliding windows forget them, and of an encoder-decoder only the decoder's
+self-attentions have one, layer i that of layer 2 i, counted round and round.
 Use it for generation with one frozen base and many tasks: a prefix costs keys and values only, at any depth.
 """
 
