@@ -47,7 +47,7 @@ def token_classification(tokenizer: Tokenizer, max_length: int | None) -> Encode
         tally.rows += 1
         word_at: list[int | None] = []
         for index, word in enumerate(row["tokens"]):
-            word_at += [None] * bool(word_at) + [index] * len(word)
+            word_at += [None] * (index > 0) + [index] * len(word)
         text = " ".join(row["tokens"])
         example = _encoded(tokenizer, max_length, tally, text, return_offsets_mapping=True)
         seen: set[int] = set()
@@ -81,8 +81,10 @@ def seq2seq(tokenizer: Tokenizer, max_length: int | None) -> Encode:
         labels: Any = tokenizer(text_target=target)["input_ids"]
         ends = tokenizer.eos_token_id
         # Without an end the decoder never learns to stop; BERT-like tokenizers end with their own token already.
-        if ends is not None and labels[-1] not in (ends, tokenizer.sep_token_id):
+        if ends is not None and not {*labels[-1:]} & {ends, tokenizer.sep_token_id}:
             labels = [*labels, ends]
+        if not labels:
+            raise Unfit("the tokenizer makes no token of this target")
         if max_length is not None and len(labels) > max_length:
             labels = labels[:max_length]
             tally.cut += 1

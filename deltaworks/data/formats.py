@@ -99,7 +99,7 @@ def _list(row: Row, column: str) -> list[Any]:
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Unfit(f"{column} is no JSON list ({error})") from None
     if isinstance(value, np.ndarray):
         value = value.tolist()

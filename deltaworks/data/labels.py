@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from .bad_rows import Unfit, shown
 
+_LARGEST = 3.4e38
+
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 
@@ -102,8 +104,10 @@ def encode(value: Any, labels: Labels, declared: bool) -> Any:
         numbers = value if isinstance(value, list) else [value]
         try:
             numbers = [float(number) for number in numbers]
-        except ValueError:
+        except (ValueError, OverflowError):
             raise Unfit(f"label is {shown(value)}; a number is needed, as in the other rows") from None
+        if any(abs(number) > _LARGEST for number in numbers):
+            raise Unfit(f"label is {shown(value)}; a number that float32 can hold is needed")
         if labels.names == ("value",) and not isinstance(value, list):
             return numbers[0]
         if len(numbers) != labels.num_labels or labels.names == ("value",):

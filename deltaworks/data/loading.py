@@ -261,19 +261,21 @@ def _hold_out(rows: list[Any], share: float, seed: int) -> tuple[list[Any], list
 def _stored(rows: list[tuple[str, Row]], labels: Labels | None) -> Dataset:
     plain = [row for _, row in rows]
     features: dict[str, Any] = {}
-    for column, value in plain[0].items():
+    # Optional columns may be missing from the first rows.
+    for column, value in {name: value for row in reversed(plain) for name, value in row.items()}.items():
         if column == "image":
             features[column] = _IMAGE
         elif column == "label" and labels is not None:
             kind = _LABEL[labels.problem_type]
-            features[column] = List(kind) if labels.problem_type == "regression" and isinstance(value, list) else kind
+            features[column] = List(kind) if kind == _LABEL["regression"] and isinstance(value, list) else kind
         elif column == "tags":
             features[column] = List(Value("int64"))
         elif isinstance(value, list) and isinstance(value[0], dict):
             features[column] = List(Json())
         else:
             features[column] = List(Value("string")) if isinstance(value, list) else Value("string")
-    return Dataset.from_list(plain, features=Features(features))
+    columns = {name: [row.get(name) for row in plain] for name in features}
+    return Dataset.from_dict(columns, features=Features(features))
 
 
 def _nothing_left(source: Any, gate: Gate) -> str:

@@ -77,7 +77,8 @@ class PackedCollator:
 def check_packing(model: nn.Module, vocabulary: int | None = None) -> None:
     """Makes sure that in this model packed documents do not see each other.
 
-    Two short documents are run packed and apart; the second one's logits must be the same.
+    Two short documents are run packed, as one document, and apart. Packed, the second one's logits must be those it has
+    alone, and not be moved towards those it has when it sees the first.
 
     **Arguments:**
 
@@ -93,22 +94,24 @@ def check_packing(model: nn.Module, vocabulary: int | None = None) -> None:
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randint(vocabulary, (1, length), generator=generator).to(device) for length in (5, 6))
-    positions = torch.cat([torch.arange(5), torch.arange(6)])[None].to(device)
+    both = torch.cat([first, second], dim=1)
+    apart, together = torch.cat([torch.arange(5), torch.arange(6)]).to(device), torch.arange(11, device=device)
     training = model.training
     model.eval()
     try:
-        alone = _logits(model, second, torch.arange(6, device=device)[None])
-        packed = _logits(model, torch.cat([first, second], dim=1), positions)[:, 5:]
+        alone = _logits(model, second, together[None, :6])
+        packed = _logits(model, both, apart[None])[:, 5:]
+        seeing = _logits(model, both, together[None])[:, 5:]
     except TypeError as error:
         raise ValueError(f"{name} cannot be trained with packing: it takes no position ids ({error})") from None
     finally:
         model.train(training)
-    # A document that is seen moves logits by about their own size; rounding moves them by a little of it.
-    difference = (alone - packed).abs().max() / alone.abs().max().clamp_min(1e-30)
-    if not difference < 0.02:
+    leak, whole_leak = float((packed - alone).abs().max()), float((seeing - alone).abs().max())
+    # Rounding moves logits by far less than a tenth of what a document that is seen does, in bfloat16 too.
+    if not leak <= max(0.1 * whole_leak, 1e-6 * float(alone.abs().max())):
         raise ValueError(
-            f"{name} cannot be trained with packing: packed documents see each other in it "
-            f"(relative difference of logits {float(difference):.2g}); train without packing"
+            f"{name} cannot be trained with packing: packed documents see each other in it (logits move by {leak:.2g}, "
+            f"by {whole_leak:.2g} in one document); train without packing"
         )
 
 

@@ -265,6 +265,25 @@ def test_labels_say_which_problem_they_are(values, problem, names, encoded):
     assert list(data.train["label"]) == encoded
 
 
+def test_a_column_that_only_later_rows_have_is_kept():
+    rows = [{"text": "a", "label": 0}, {"text": "b", "sentence2": "c", "label": 1}]
+    assert list(load(rows, validation=None).train["text_pair"]) == [None, "c"]
+
+
+def test_one_stray_list_does_not_change_what_labels_mean():
+    rows = [{"text": "a", "label": value} for value in ("x", ["x"], "y")]
+    data = load(rows, validation=None, on_bad_row="skip")
+    assert data.labels.problem_type == "single_label_classification"
+    assert [bad.where for bad in data.skipped] == ["row 2"]
+
+
+@pytest.mark.parametrize("huge", [10**400, 1e300])
+def test_a_number_that_training_cannot_hold_is_bad(huge):
+    rows = [{"text": "a", "label": 0.5}, {"text": "b", "label": huge}]
+    with pytest.raises(BadRow, match="row 2"):
+        load(rows, validation=None)
+
+
 def test_numbers_in_csv_are_numbers_and_class_numbers_are_classes(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("text,label\na,0.5\nb,2\n")

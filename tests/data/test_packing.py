@@ -129,7 +129,14 @@ def test_documents_longer_than_a_row_are_never_cut_by_packing():
 
 
 def test_a_model_in_which_documents_meet_is_found_out():
-    check_packing(llama("sdpa"))
-    mamba = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4))
-    with pytest.raises(ValueError, match="MambaForCausalLM cannot be trained with packing"):
-        check_packing(mamba)
+    for attention in ("eager", "sdpa"):
+        check_packing(llama(attention))
+        check_packing(llama(attention).bfloat16())
+    # Also where weights are so small that documents hardly matter to each other.
+    for spread in (0.5, 0.01):
+        torch.manual_seed(0)
+        config = MambaConfig(
+            vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4, initializer_range=spread
+        )  # fmt: skip
+        with pytest.raises(ValueError, match="MambaForCausalLM cannot be trained with packing"):
+            check_packing(MambaForCausalLM(config))

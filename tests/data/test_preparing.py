@@ -212,6 +212,12 @@ def test_a_word_carries_its_tag_on_its_first_sub_word(kind, encoder_tokenizer, d
     assert len(example["input_ids"]) > len(words) + 1
 
 
+def test_an_empty_word_moves_no_tag(encoder_tokenizer):
+    rows = [{"tokens": ["", "the", "dog"], "tags": ["X", "D", "N"]}]
+    p = prepared(rows, "token-classification", encoder_tokenizer)
+    assert [p.labels.names[label] for label in p.train[0]["labels"] if label != IGNORED] == ["D", "N"]
+
+
 def test_sources_and_targets_are_apart(encoder_tokenizer):
     rows = [{"source": "the quick fox", "target": "dog"}, {"source": "the", "target": "lazy dog"}]
     p = prepared(rows, "seq2seq", encoder_tokenizer)
