@@ -105,7 +105,8 @@ def test_prefix_tuning_of_a_decoder(family: str, implementation: str) -> None:
     assert torch.allclose(mine, given, atol=1e-9)
     mine.pow(2).sum().backward()
     given.pow(2).sum().backward()
-    twin = torch.stack([torch.stack((part.key.grad, part.value.grad)) for part in tuned.parts() if hasattr(part, "key")])
+    grads = [torch.stack((part.key.grad, part.value.grad)) for part in tuned.parts() if hasattr(part, "key")]
+    twin = torch.stack(grads)
     assert torch.allclose(twin.permute(3, 0, 1, 2, 4).reshape(LENGTH, -1), their.grad, rtol=1e-6, atol=1e-9)
 
 
