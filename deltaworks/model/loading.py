@@ -231,6 +231,13 @@ class _one_line:
             if {"adapter_config.json", "adapter.json"} & {item.name for item in place.iterdir()}:
                 raise OSError(f"{self.name} is an adapter, no base; give the model it was trained on")
             raise OSError(f"{self.name} is no model: it holds no config.json")
+        files = {
+            "tokenizer": ("token", "vocab", "spiece", "sentencepiece"),
+            "image processor": ("preproc", "processor"),
+        }
+        wanted = files.get(self.what)
+        if wanted and place.is_dir() and not any(item.name.startswith(wanted) for item in place.iterdir()):
+            raise OSError(f"{self.name} holds no {self.what}")
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if not isinstance(error, Exception):
