@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deltaworks import nursery
 from deltaworks.data import BadRow, load
 
 PAIRS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(20)]
@@ -201,12 +202,20 @@ def test_a_hub_name_is_loaded_with_its_configuration(monkeypatch):
     assert asked == [("somebody/something", "small")]
 
 
-def test_the_nursery_is_asked_by_name():
-    data = load("nursery:packages", limit=40)
-    assert data.format == "text-label"
-    assert data.labels is not None
-    assert data.labels.num_labels == 16
-    assert data.validation is not None
+def test_the_nursery_is_asked_by_name(monkeypatch):
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])})
+    table = datasets.Dataset.from_list([{"text": "t", "label": 1}] * 4, features=features)
+    asked = []
+
+    def from_nursery(name):
+        asked.append(name)
+        return datasets.DatasetDict(train=table, validation=table.select(range(2)))
+
+    monkeypatch.setattr(nursery, "data", from_nursery)
+    data = load("nursery:packages", limit=3)
+    assert asked == ["packages"]
+    assert (data.format, data.labels.names) == ("text-label", ("a", "b"))
+    assert (len(data.train), len(data.validation)) == (3, 2)
 
 
 def test_a_folder_knows_its_splits_by_name(tmp_path):
