@@ -6,5 +6,7 @@
 
 from .callback import DeltaworksCallback
 from .mixin import DeltaworksMixin, wrap
+from .recipe import Recipe
+from .tune import Result, tune
 
-__all__ = ["DeltaworksCallback", "DeltaworksMixin", "wrap"]
+__all__ = ["DeltaworksCallback", "DeltaworksMixin", "Recipe", "Result", "tune", "wrap"]

@@ -89,5 +89,5 @@ def test_the_reference_of_dpo_is_the_base_without_a_second_model(
 def test_sites_that_trl_does_not_call_are_refused(tmp_path: Path, tokenizer: Any) -> None:
     model, _ = FAMILIES["llama"]()
     dw.attach(model, dw.LoRA(rank=2, on="head"))
-    with pytest.raises(ValueError, match="lora changes what lm_head returns .*which Sft does not call"):
+    with pytest.raises(ValueError, match=r"lora changes what lm_head returns .*which Sft does not call"):
         Sft(model, SFTConfig(str(tmp_path), **ARGUMENTS), train_dataset=COMPLETIONS, processing_class=tokenizer)
