@@ -46,6 +46,10 @@ def __getattr__(name: str) -> Any:
         from . import adapters
 
         return getattr(adapters, name)
+    if name == "training":  # imported when it is asked for: it needs transformers' and TRL's trainers
+        import importlib
+
+        return importlib.import_module(".training", __name__)
     for cls in methods().values() if name[:1].isupper() else ():
         if cls.__name__ == name:
             return cls
