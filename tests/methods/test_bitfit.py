@@ -75,7 +75,8 @@ def test_a_base_without_biases_gets_them_and_merging_writes_them() -> None:
 
 def test_some_biases_missing_are_left_missing_unless_asked_for() -> None:
     model, _ = FAMILIES["qwen2"]()
-    assert {path.split(".")[-2] for path, _ in dw.attach(model, dw.BitFit()).named_parts()} == {"q_proj", "k_proj", "v_proj"}
+    tuned = dw.attach(model, dw.BitFit())
+    assert {path.split(".")[-2] for path, _ in tuned.named_parts()} == {"q_proj", "k_proj", "v_proj"}
     dw.detach(model)
     assert any("down_proj" in path for path, _ in dw.attach(model, dw.BitFit(create=True)).named_parts())
     dw.detach(model)

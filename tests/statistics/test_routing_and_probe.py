@@ -59,7 +59,11 @@ def test_a_probe_sees_the_tuned_values_and_leaves_no_trace() -> None:
     batch = {"x": torch.randn(8, 4), "labels": torch.ones(8, 1)}
     before = {name: value.clone() for name, value in model.state_dict().items()}
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    moved = probe(model, [batch], lambda old: {n: (p - old[n]).abs().max() for n, p in model.named_parameters()}, steps=3, lr=0.1)
+
+    def read(old: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: (p - old[name]).abs().max() for name, p in model.named_parameters()}
+
+    moved = probe(model, [batch], read, steps=3, lr=0.1)
     assert all(change > 0.05 for change in moved.values())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
