@@ -1,0 +1,48 @@
+"""Where in a block the parts go that change activations: after a sub-layer, beside it, at its norm."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..model.anatomy import Anatomy, Block, Site
+
+
+def blocks_at(base: Anatomy, on: object, slug: str) -> list[Block]:
+    """The blocks that hold any of the sites `on` names (`"block"` for all).
+
+    Raises:
+        ValueError: when `on` matches nothing, or the model has no blocks.
+    """
+    if not base.blocks:
+        raise ValueError(
+            f"{slug} sits in the blocks of a transformer or a similar stack, and {type(base.model).__name__} has none"
+        )
+    chosen = {site.block for site in base.select(on, what="module")}
+    return [block for block in base.blocks if block.index in chosen]
+
+
+def width_of(block: Block, base: Anatomy, slug: str) -> int:
+    """Width of a block's residual stream.
+
+    Raises:
+        ValueError: when it is not known.
+    """
+    width = block.hidden_size or base.hidden_size
+    if width is None:
+        raise ValueError(f"{slug}: the width of {block.path} is not known")
+    return width
+
+
+def at_module(path: str, block: Block, role: str) -> Site:
+    """The site of a whole module in a block."""
+    return Site(path, role, "other", None, block=block.index)
+
+
+def norm_parameters(base: Anatomy, sites: list[Site]) -> list[Site]:
+    """A site for every scale and shift of some norms."""
+    return [
+        replace(site, parameter=parameter)
+        for site in sites
+        for parameter in ("weight", "bias")
+        if base.model.get_submodule(site.path)._parameters.get(parameter) is not None
+    ]
