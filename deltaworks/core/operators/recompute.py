@@ -1,0 +1,39 @@
+"""An expression that keeps its arguments for backward and nothing it computes on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`function(*tensors)`, computed a second time when gradients are asked for.
+
+    For cheap elementwise expressions of wide activations: `function` must be deterministic and use nothing else that
+    needs a gradient.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return function(*tensors)
+    return _Recomputed.apply(function, *tensors)  # type: ignore[return-value]
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(*tensors)
+        return function(*tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        wanted = ctx.needs_input_grad[1:]
+        with torch.enable_grad():
+            tensors = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, wanted, strict=True)]
+            result = ctx.function(*tensors)
+        given = iter(torch.autograd.grad(result, [t for t in tensors if t.requires_grad], gradients[0]))
+        return None, *(next(given) if need else None for need in wanted)
