@@ -1,11 +1,18 @@
-"""A tokenizer over sixty-four words, for the vocabulary of the tiny models."""
+"""Tiny bases on disk, a tokenizer over sixty-four words for their vocabulary, and data to learn."""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from tests.families import FAMILIES
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<mask>", *(f"w{number}" for number in range(59))]
 
@@ -24,3 +31,45 @@ def tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         mask_token="<mask>",
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Callable[[str], str]:
+    """The folder of a tiny base of a family."""
+    made: dict[str, str] = {}
+
+    def folder(family: str) -> str:
+        if family not in made:
+            place = tmp_path_factory.mktemp(family)
+            FAMILIES[family]()[0].save_pretrained(place)
+            if family != "vit":
+                tokenizer.save_pretrained(place)
+            made[family] = str(place)
+        return made[family]
+
+    return folder
+
+
+ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "completions": lambda i: {"prompt": words(4, i), "completion": " " + words(2, i % 3)},
+    "classes": lambda i: {"text": f"{words(4, i)} w{i % 3}", "label": ["red", "green", "blue"][i % 3]},
+    "several": lambda i: {"text": f"{words(4, i)} w{i % 3}", "label": ["red", "green"][: i % 3]},
+    "numbers": lambda i: {"text": f"{words(4, i)} w{i % 3}", "label": i % 3 / 2 + 0.25},
+    "tags": lambda i: {"tokens": words(5, i).split(), "tags": ["B-X", "I-X", "O", "O", "O"]},
+    "texts": lambda i: {"text": words(9, i)},
+    "pairs": lambda i: {"source": words(4, i), "target": words(2, i % 3)},
+    "images": lambda i: {"image": [[[i % 3 * 100] * 3] * 16] * 16, "label": i % 3},
+}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """The file of some data, thirty rows."""
+    folder = tmp_path_factory.mktemp("data")
+
+    def file(kind: str) -> str:
+        path: Path = folder / f"{kind}.jsonl"
+        path.write_text("".join(json.dumps(ROWS[kind](index)) + "\n" for index in range(30)))
+        return str(path)
+
+    return file
