@@ -68,9 +68,7 @@ def router_loads(base: Anatomy, batches: Iterable[Batch]) -> dict[int, RouterLoa
     try:
         for index, path in routers.items():
             module = base.model.get_submodule(path)
-            handles.append(
-                module.register_forward_hook(lambda m, a, y, index=index, path=path: take(index, path, y))
-            )
+            handles.append(module.register_forward_hook(lambda m, a, y, index=index, path=path: take(index, path, y)))
         with untouched(base.model), torch.no_grad():
             for batch in batches:
                 mask = batch.get("attention_mask")

@@ -142,7 +142,7 @@ def test_pfeiffer_counts_are_the_papers() -> None:
 
 
 def test_pfeiffer_reads_the_normalised_sum_of_a_post_norm_block() -> None:
-    model, batch = FAMILIES["bert"]()
+    model, _ = FAMILIES["bert"]()
     tuned = nudge(dw.attach(model, dw.Pfeiffer(reduction=4)))
     output, part = model.bert.encoder.layer[0].output, adapters(tuned)[0]
     hidden, h = torch.randn(2, 3, 48), torch.randn(2, 3, 32)
@@ -198,7 +198,7 @@ def test_parallel_reads_what_the_sub_layer_reads(family: str, role: str) -> None
 
 
 def test_parallel_beside_a_feed_forward_part_of_two_modules() -> None:
-    model, batch = FAMILIES["bert"]()
+    model, _ = FAMILIES["bert"]()
     tuned = nudge(dw.attach(model, dw.ParallelAdapter(size=4)))
     layer, part = model.bert.encoder.layer[0], adapters(tuned)[0]
     h = torch.randn(2, 3, 32)

@@ -73,7 +73,7 @@ def test_merged_is_unmerged_with_the_bias_scaled_at_outputs_only(family: str) ->
 
 
 def test_a_fused_projection_keeps_its_queries() -> None:
-    model, batch = FAMILIES["gpt2"]()
+    model, _ = FAMILIES["gpt2"]()
     before = model.transformer.h[0].attn.c_attn.weight.detach().clone()
     moved(dw.attach(model, dw.IA3()))
     dw.merge(model)

@@ -16,9 +16,7 @@ from tests.families import FAMILIES
 peft = pytest.importorskip("peft")
 
 
-def compare(
-    family: str, method: Method, config: object, theirs_at: Callable[[nn.Module, Part], nn.Parameter]
-) -> None:
+def compare(family: str, method: Method, config: object, theirs_at: Callable[[nn.Module, Part], nn.Parameter]) -> None:
     """Move every trained tensor of ours, copy it to theirs, and compare logits and gradients."""
     model, batch = FAMILIES[family]()
     twin, _ = FAMILIES[family]()
@@ -73,7 +71,11 @@ def test_ia3(family: str) -> None:
     [
         ("bert", "mlp.norm", r".*layer\.\d\.output\.LayerNorm"),
         ("gpt2", "norm", ["ln_1", "ln_2", "ln_f"]),
-        ("bart", "norm", ["self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm", "layernorm_embedding"]),
+        (
+            "bart",
+            "norm",
+            ["self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm", "layernorm_embedding"],
+        ),
     ],
 )
 def test_layernorm(family: str, on: str, names: object) -> None:
