@@ -2,35 +2,61 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import typer
 
-app = typer.Typer(
-    name="deltaworks",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    help="Fine-tune a model by changing less of it: every published way, one command.",
-)
+# What the overview says of each command; a command's own module, and torch with it, is imported only when it is run.
+COMMANDS = {
+    "tune": "One run: base, data and method in, adapter, metrics and report out.",
+    "methods": "The catalogue; with --base, what each method would cost there.",
+    "inspect": "What a base is made of, or what an adapter holds.",
+    "merge": "Base and adapter as one ordinary model.",
+    "export": "An adapter in the format of HF PEFT or vLLM.",
+    "chat": "Talk to a base with adapters, switching between them.",
+}
 
 
-def _commands() -> None:
-    from . import chat, export, inspect, merge, methods, tune
+def _app(wanted: str | None) -> typer.Typer:
+    app = typer.Typer(
+        name="deltaworks",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        help="Fine-tune a model by changing less of it: every published way, one command.",
+        epilog="deltaworks COMMAND --help shows a command's options and examples.",
+    )
+    app.callback()(lambda: None)
+    for name, text in COMMANDS.items():
+        if name == wanted:
+            app.command(name=name)(importlib.import_module(f".{name}", __package__).command)
+        else:
+            app.command(name=name, help=text)(_elsewhere(name))
+    return app
 
-    for module in (tune, methods, inspect, merge, export, chat):
-        app.command(name=module.__name__.rpartition(".")[2], rich_help_panel=None)(module.command)
+
+def _elsewhere(name: str) -> Callable[[], Any]:
+    def command() -> None:
+        raise ValueError(f"put the command first: deltaworks {name} ...")
+
+    return command
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; what a person did wrong is said in one line, everything else keeps its traceback."""
-    import os
+    """Run the command line; what a person did wrong is said in one line, everything else keeps its traceback.
 
+    Args:
+        arguments: what was typed after the program's name; `sys.argv`'s by default.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    _commands()
+    typed = sys.argv[1:] if arguments is None else arguments
     try:
-        app(args=arguments, prog_name="deltaworks")
+        _app(typed[0] if typed else None)(args=typed, prog_name="deltaworks")
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("DELTAWORKS_TRACEBACK"):
             raise
