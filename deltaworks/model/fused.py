@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .kinds import experts_shapes, linear_shape
 from .names import DOWN, GATE, MEGATRON, means
-from .trace import dummy_inputs, ghost, stub
+from .trace import dummy_inputs, ghost, on, stub
 
 Rows = dict[str, tuple[int, ...]]
 
@@ -101,8 +101,8 @@ def _sensitivity(
     shell.get_submodule(output).forward = reached
     failure: Exception | None = None
     for args, kwargs in dummy_inputs(shell):
-        args = tuple(_on_cpu(value) for value in args)
-        kwargs = {name: _on_cpu(value) for name, value in kwargs.items()}
+        args = tuple(on("cpu", value) for value in args)
+        kwargs = {name: on("cpu", value) for name, value in kwargs.items()}
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
             try:
                 shell(*args, **kwargs)
@@ -112,12 +112,6 @@ def _sensitivity(
             except Exception as error:
                 failure = error
     raise failure or RuntimeError(f"{output} is never called")
-
-
-def _on_cpu(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return torch.ones(value.shape, dtype=value.dtype)
 
 
 def gate_up_rows(mlp: nn.Module, layer: nn.Module, down: nn.Module) -> Rows:

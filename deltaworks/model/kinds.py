@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
 from transformers.pytorch_utils import Conv1D
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, _NormBase)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
+ATTENTION = re.compile(r"attention|attn", re.I)
 GRAFT = "deltaworks"
 """The name of the child that holds whatever this library has attached to a module; no part of the base's anatomy."""
 
@@ -56,7 +59,9 @@ def own(module: nn.Module) -> dict[str, Tensor]:
 
 def experts_shapes(module: nn.Module) -> dict[str, tuple[int, int, int]]:
     """The 3-D parameters (experts first) of a module that holds its experts fused; empty for any other module."""
-    if is_conv(module) or is_linear(module):
+    if is_conv(module) or is_linear(module) or isinstance(module, ParametrizationList):
+        return {}
+    if ATTENTION.search(type(module).__name__):  # XLNet's projections are 3-D too: one matrix for each head
         return {}
     shapes = {name: tuple(value.shape) for name, value in own(module).items() if value.ndim == 3}
     return {name: shape for name, shape in shapes.items() if shape[0] > 1 and min(shape) > 1}  # type: ignore[misc]

@@ -13,11 +13,9 @@ from torch import nn
 from . import names
 from .anatomy import FRESH, Anatomy, Block, Site, Stack
 from .fused import ask_causal, experts_parts, gate_up_rows, qkv_rows
-from .kinds import base_modules, experts_shapes, is_conv, is_embedding, is_linear, is_norm, linear_shape, own
+from .kinds import ATTENTION, base_modules, experts_shapes, is_conv, is_embedding, is_linear, is_norm, linear_shape, own
 from .names import means
 from .trace import Call, Key, Trace, trace
-
-ATTENTION_LIKE = re.compile(r"attention|attn", re.I)
 
 
 def survey(model: nn.Module) -> Anatomy:
@@ -223,7 +221,7 @@ class _Survey:
 
     def _unnamed_qkv(self, path: str, held: list[str], linear: dict[str, tuple[int, int]]) -> str | None:
         """In something like an attention, a first layer three times as wide as what a second layer reads."""
-        like = ATTENTION_LIKE.search(type(self.modules[path]).__name__) or _integer([self.modules[path]], names.HEADS)
+        like = ATTENTION.search(type(self.modules[path]).__name__) or _integer([self.modules[path]], names.HEADS)
         if not like or len(held) != 2:
             return None
         first, second = held
@@ -317,11 +315,13 @@ class _Survey:
             total = linear_shape(self._get(output))[1]
         else:
             return heads, _integer(sources, names.KV_HEADS) or heads, width
-        if width is None or total % width:
+        if width is None or total % width or "kv" in core.layers:
             width = total // heads if heads and total % heads == 0 else None
         if width is None:
             return heads, _integer(sources, names.KV_HEADS) or heads, None
         heads = total // width
+        if "kv" in core.layers:
+            return heads, heads, width
         if key is not None:
             return heads, linear_shape(self._get(key))[0] // width, width
         if fused is not None and query is None:
@@ -458,13 +458,15 @@ class _Survey:
                     unit.pre.setdefault(name, path)
                 unit.post = {name: path for name, path in unit.post.items() if unit.pre.get(name) != path}
             unit.leading_norm = pre_norm
+            if unit.ssm:
+                self.norm_role |= {path: "ssm.inner_norm" for path, m in self._below(unit.ssm) if is_norm(m)}
             for name, path in unit.post.items():
                 self.norm_role[path] = f"{name}.post_norm"
             for name, path in reversed(list(unit.pre.items())):
                 self.norm_role[path] = f"{name}.norm"
             for core in unit.cores:
                 for path, module in self._below(core.path):
-                    if is_norm(module):
+                    if is_norm(module) and path not in self.norm_role:
                         which = "query" if re.search(r"(^|_)q", path.rpartition(".")[2]) else "key"
                         self.norm_role[path] = f"{'cross_attention' if core.cross else 'attention'}.{which}_norm"
 
@@ -496,13 +498,17 @@ class _Survey:
         subs = self._sublayers(unit)
         calls = self.trace.within(unit.path)
         norms = [call for call in calls if self._is_own_norm(unit, call.path) and call.end > 0]
-        if not subs:
+        whole = self.trace.first(unit.path)
+        if not subs or whole is None:
             return False
         for sub in subs:
             unit.out[sub.name] = self._added(sub.last, calls)
-            before = [n for n in norms if n.end <= sub.begin and n.outputs[:1] == (sub.reads,)]
-            if before:
-                unit.pre[sub.name] = before[-1].path
+            since = max((other.last.end for other in subs if other.begin < sub.begin), default=0)
+            near = [n for n in norms if since < n.start and n.end <= sub.begin]
+            # Windows are cut out of a norm's output in Swin: then the norm is known by what it reads.
+            exact = [n for n in norms if n.end <= sub.begin and n.outputs[:1] == (sub.reads,)]
+            if exact or (near and (unit.pre or near[-1].inputs[:1] == whole.inputs[:1])):
+                unit.pre[sub.name] = (exact or near)[-1].path
         chains = {sub.name: self._chain(sub.last, calls) for sub in subs}
         first = subs[0]
         unit.leading_norm = first.name in unit.pre
@@ -534,8 +540,14 @@ class _Survey:
     def _is_own_norm(self, unit: _Unit, path: str) -> bool:
         if path not in self.modules or not is_norm(self.modules[path]):
             return False
-        inner = [core.path for core in unit.cores if core.path != unit.path] + [unit.ssm, unit.experts]
-        return not any(place and path.startswith(place + ".") for place in inner)
+        if any(place and path.startswith(place + ".") for place in (unit.ssm, unit.experts)):
+            return False
+        core = next((core for core in unit.cores if core.path != unit.path and path.startswith(core.path + ".")), None)
+        if core is None:
+            return True
+        # ALBERT's attention module holds the norm after its residual, others those of queries and keys.
+        call, end = self.trace.first(path), self.trace.first(core.first("output"))
+        return call is not None and end is not None and call.start > end.end > 0
 
     def _chain(self, call: Call, calls: list[Call]) -> list[str]:
         """The modules that a tensor passes on its way from `call` to the first operation that is no module's."""
@@ -590,11 +602,12 @@ class _Survey:
             unit.pre = dict(zip(parts, norms, strict=False))
         container = unit.path.rpartition(".")[0]
         around = [path for path, module in self.modules.items() if is_norm(module) and not path.startswith(container)]
-        unit.leading_norm = any(not re.search("emb", path, re.I) for path in around)
+        unit.leading_norm = bool(parts) and any(not re.search("emb", path, re.I) for path in around)
         for core in unit.cores:
             unit.out["cross_attention" if core.cross else "attention"] = core.first("output") or core.path
         down = unit.mlp.get("down")
-        unit.out["mlp"] = down[0] if down else unit.experts
+        mixture = unit.experts and unit.experts.rpartition(".")[0]
+        unit.out["mlp"] = (mixture if mixture != unit.path else unit.experts) if mixture else down[0] if down else None
         unit.out["ssm"] = unit.ssm
         begins = [name for role in ("gate_up", "gate", "up") for name in unit.mlp.get(role, [])]
         entrance = unit.experts or next(iter(begins), None)
@@ -826,7 +839,10 @@ class _Survey:
             calls = {path: call.start for path in ours if (call := self.trace.first(path))}
             found.head = max(calls, key=lambda path: calls[path]) if calls else ours[-1]
             tops = [path.split(".")[0] for path in ours]
-            found.head_new = list(dict.fromkeys(tops)) if has_base else [found.head]
+            if has_base:
+                found.head_new = list(dict.fromkeys(tops))
+            elif self.config is None:
+                found.head_new = [found.head]
         fresh = [path for path in getattr(model, FRESH, []) if path in self.modules]
         found.head_new += [path for path in fresh if not any(_holds(known, path) for known in found.head_new)]
         for path in linear:
@@ -861,7 +877,7 @@ class _Survey:
                 if parameter == "bias" or (kind != "other" and parameter != "weight"):
                     continue
                 key, here, sort = f"{path}:{parameter}", role, kind
-                if parameter == "in_proj_weight":
+                if parameter == "in_proj_weight" and path in self.rows:
                     here, sort, key = "attention.qkv", "linear", path
                 elif key in self.role:
                     here, sort = self.role[key], "experts"

@@ -100,7 +100,7 @@ class _Decided(TorchDispatchMode):
     """Answers the questions that a meta tensor cannot (`bool(mask.all())`): False, or one."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return False if args[0].dtype == torch.bool else torch.ones((), dtype=args[0].dtype).item()
         return func(*args, **(kwargs or {}))
 
@@ -161,20 +161,26 @@ def _zeros_like(x: Tensor, *_: Any, **__: Any) -> Tensor:
 def trace(model: nn.Module) -> Trace:
     """Run `model`'s ghost on dummy inputs; what was recorded before an error stays, since it is true all the same."""
     best = Trace(error="the model's inputs could not be guessed")
-    for arguments in dummy_inputs(model):
-        record = Trace()
-        try:
-            shell = ghost(model)
-            record.watch(shell)
-            with torch.no_grad(), torch.random.fork_rng(devices=[]), _Decided():
-                shell(*arguments[0], **arguments[1])
-        except Exception as error:  # a model may refuse dummy inputs in any way it likes
-            record.error = f"{type(error).__name__}: {error}".splitlines()[0]
-        if best.error and (record.error is None or len(record.calls) > len(best.calls)):
-            best = record
-        if best.error is None:
-            break
+    for args, kwargs in dummy_inputs(model):
+        for device in ("meta", "cpu"):  # what depends on values (an expert's list of tokens) can only run for real
+            record = Trace()
+            try:
+                shell = ghost(model, device)
+                record.watch(shell)
+                with torch.no_grad(), torch.random.fork_rng(devices=[]), _Decided():
+                    shell(*(on(device, value) for value in args), **{key: on(device, kwargs[key]) for key in kwargs})
+            except Exception as error:  # a model may refuse dummy inputs in any way it likes
+                record.error = f"{type(error).__name__}: {error}".splitlines()[0]
+            if best.error and (record.error is None or len(record.calls) > len(best.calls)):
+                best = record
+            if best.error is None:
+                return best
     return best
+
+
+def on(device: str, value: Any) -> Any:
+    """A dummy input on a device; anything that is no tensor as it is."""
+    return torch.ones_like(value, device=device) if isinstance(value, Tensor) else value
 
 
 def dummy_inputs(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
