@@ -6,8 +6,8 @@
      "parts": [{"path": ..., "parameter": ..., "part": ..., "label": ..., "kind": "LowRank", "settings": {...},
                 "tensors": {"a": "F32 8x32", "b": "F32 48x8"}}]}
 
-A tensor is called `<path>:<label>.<tensor>`, `@<shared>.<tensor>`, or by the base's own name where it replaces one of the
-base's parameters. Loading makes the parts again from what stands there; the method's own initialisation does not run.
+A tensor is called `<path>:<label>.<tensor>`, `@<shared>.<tensor>`, or as the parameter of the base that it replaces.
+Loading makes the parts again from what stands there; the method's own initialisation does not run.
 """
 
 from __future__ import annotations
@@ -194,8 +194,10 @@ class Reader:
 
     def of_kind(self, owner: Any, key: str, kind: type | tuple[type, ...]) -> Any:
         """A value of the JSON, which must be of one of these Python types."""
-        if not isinstance(owner, dict) or not isinstance(owner.get(key), kind) or isinstance(owner.get(key), bool):
-            found = owner.get(key) if isinstance(owner, dict) else owner
+        if not isinstance(owner, dict) or key not in owner:
+            refuse(self.file, f"an entry has no {key!r}")
+        if not isinstance(owner[key], kind):
+            found = owner[key]
             refuse(self.file, f"{key!r} cannot be {type(found).__name__} {str(found)[:60]!r}")
         return owner[key]
 

@@ -92,14 +92,14 @@ def load(model: nn.Module, path: str | Path, *, name: str | None = None) -> Tune
     if state is not None and state.board.merged:
         raise ValueError(f"{', '.join(state.board.merged)} is merged into the base; call dw.unmerge(model) first")
     folder = _folder(path)
-    if _format(folder) == "deltaworks":
-        config = read_json(_file(folder, native.CONFIG))
-        plan = native.Reader(model, folder, config, read_tensors(_file(folder, native.WEIGHTS))).plan()
-        _compare_bases(model, folder, config["base"], plan)
-    else:
-        from .peft import read
-
-        plan = read(model, folder, read_json(_file(folder, PEFT_CONFIG)), read_tensors(_file(folder, PEFT_WEIGHTS)))
+    try:
+        plan = _verified(model, folder)
+    except (ValueError, OSError) as error:
+        if str(folder) in str(error):
+            raise
+        refuse(folder, error)
+    except Exception as error:  # whatever false content makes of code that expects sound one
+        refuse(folder, f"cannot be read: {type(error).__name__}: {error}")
     before = None if state is None else state.board.active
     try:
         return install(model, plan.method, plan.placed, plan.shared, name=name or "default")
@@ -144,6 +144,17 @@ def inspect(path: str | Path) -> dict[str, Any]:
     about["values"] = sum(_numel(entry.shape) for entry in header.values())
     about["bytes"] = sum(file.stat().st_size for file in files)
     return about
+
+
+def _verified(model: nn.Module, folder: Path) -> native.Plan:
+    if _format(folder) == "deltaworks":
+        config = read_json(_file(folder, native.CONFIG))
+        plan = native.Reader(model, folder, config, read_tensors(_file(folder, native.WEIGHTS))).plan()
+        _compare_bases(model, folder, config["base"], plan)
+        return plan
+    from .peft import read
+
+    return read(model, folder, read_json(_file(folder, PEFT_CONFIG)), read_tensors(_file(folder, PEFT_WEIGHTS)))
 
 
 def _numel(shape: tuple[int, ...]) -> int:
@@ -203,5 +214,5 @@ def _compare_bases(model: nn.Module, folder: Path, base: dict[str, Any], plan: n
     warnings.warn(
         f"{folder}: this adapter was trained on other weights than those of the model "
         f"({base.get('name') or base.get('class')}, fingerprint {base['fingerprint']}, here {here})",
-        stacklevel=3,
+        stacklevel=4,
     )

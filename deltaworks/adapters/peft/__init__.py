@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from ...core.tuned import Tuned
 from ..files import refuse
 from ..native import Plan
-from . import adalora, c3a, fourierft, ia3, layernorm, lora, vera
+from . import adalora, c3a, fourierft, ia3, layernorm, lora, prefixes, prompts, vera
 from .draft import Draft
 from .source import Source
 
-KINDS: dict[str, ModuleType] = {module.KIND: module for module in (ia3, vera, fourierft, c3a, adalora, lora, layernorm)}
+MODULES = (ia3, vera, fourierft, c3a, adalora, lora, layernorm, prompts, prefixes)
+KINDS: dict[str, ModuleType] = {module.KIND: module for module in MODULES}
 
 
 def read(model: nn.Module, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:

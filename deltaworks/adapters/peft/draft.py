@@ -55,8 +55,11 @@ class Draft:
         """A tensor under its name in the model."""
         self.tensors[f"{self.prefix}{name}"] = value.detach()
 
-    def task(self) -> str | None:
-        """PEFT's name for what the model does, None where its class for it would expect what we do not have."""
+    def task(self, always: bool = False) -> str | None:
+        """PEFT's name for what the model does, None where its class for it would expect what we do not have.
+
+        With `always`, as prompts need it, a head that is not trained is written as the base has it.
+        """
         name = type(self.model).__name__
         task = next((task for end, task in TASKS.items() if name.endswith(end)), None)
         # PEFT's classes pass token ids on by position; sounds and pictures go through its plain one.
@@ -64,9 +67,17 @@ class Draft:
             return None
         if task == "SEQ_2_SEQ_LM" and not self.base.is_encoder_decoder:
             return None
-        heads = [path for path, _ in modules(self.model) if path.rpartition(".")[2] in HEADS.get(task or "", ())]
-        trained = {path for path, _ in self.values}
-        return None if any(not any(t == h or t.startswith(f"{h}.") for t in trained) for h in heads) else task
+        for path, module in modules(self.model):
+            if path.rpartition(".")[2] in HEADS.get(task or "", ()) and not self._under(path):
+                if not always:
+                    return None
+                for inner, parameter in module.named_parameters():
+                    owner, _, own = f"{path}.{inner}".rpartition(".")
+                    self.values[owner, own] = parameter.detach()
+        return task or ("FEATURE_EXTRACTION" if always else None)
+
+    def _under(self, head: str) -> bool:
+        return any(path == head or path.startswith(f"{head}.") for path, _ in self.values)
 
     def config(self, kind: str, **own: Any) -> dict[str, Any]:
         """The whole configuration of one PEFT type."""

@@ -41,7 +41,7 @@ class Source:
         self.keys = {key: value for key, value in config.items() if key not in ABOUT}
         self.tensors = {_short(name): value for name, value in tensors.items()}
         self.placed: list[Placed] = []
-        self.kind = str(config.get("peft_type"))
+        self.kind, self.task = str(config.get("peft_type")), config.get("task_type")
         self.saved = [name for name in self.names("modules_to_save") if isinstance(name, str)]
         if len(self.tensors) < len(tensors):
             refuse(self.weights, "names a tensor twice, with and without its prefix")
@@ -89,9 +89,8 @@ class Source:
         except re.error as error:
             refuse(self.file, f"a pattern that chooses modules is not a regular expression: {error}")
         if given is None:
-            owners = {name.rpartition(".")[0] for name in self.tensors} | {
-                name.rpartition(".")[0].rpartition(".")[0] for name in self.tensors
-            }
+            names = {name.rpartition(".")[0] for name in self.tensors}
+            owners = (names | {name.rpartition(".")[0] for name in names}) - {""}
             chosen = [path for path, _ in modules(self.model) if path in owners and not ends_with(path, self.saved)]
         if given and not chosen:
             refuse(self.file, f"target_modules={str(given)[:60]!r} names no module of {type(self.model).__name__}")
