@@ -109,3 +109,41 @@ def test_vera_draws_the_same_pair_from_the_same_seed() -> None:
     pair = RandomPair(4, 12, 8, seed=11)
     assert torch.equal(pair.a, layer(theirs, "first").vera_A["default"])
     assert torch.equal(pair.b, layer(theirs, "first").vera_B["default"])
+
+
+def test_olora() -> None:
+    """As PiSSA: theirs moves the base by the same product that ours subtracts."""
+    ours, x = net()
+    base = ours(x)
+    tuned = dw.attach(ours, dw.OLoRA(on=nn.Linear, rank=3, alpha=5.0), seed=0)
+    theirs = peft.get_peft_model(
+        net()[0].float(), peft.LoraConfig(r=3, lora_alpha=5, target_modules=BOTH, init_lora_weights="olora")
+    ).double()
+    assert torch.allclose(theirs(x), base, atol=1e-5) and torch.allclose(ours(x), base)
+    for name, part in tuned.named_parts():
+        a, b = factors(layer(theirs, name)).values()
+        signs = (part.b * b).sum(0).sign()
+        assert torch.allclose(part.b, signs * b, atol=1e-5)
+        assert torch.allclose(part.a, signs[:, None] * a, atol=1e-5)
+
+
+def miss(layer) -> dict[str, torch.Tensor]:
+    return {"d": layer.miss_block["default"]}
+
+
+@pytest.mark.parametrize("rank", [4, 5])
+def test_miss(rank: int) -> None:
+    method = dw.MiSS(on=nn.Linear, rank=rank)
+    assert_equal(*twins(method, peft.MissConfig(r=rank, target_modules=BOTH), miss), miss)
+
+
+def test_miss_mini() -> None:
+    method = dw.MiSS(on=nn.Linear, rank=4, mini=2)
+    config = peft.MissConfig(r=4, mini_r=2, init_weights="mini", target_modules=BOTH)
+    assert_equal(*twins(method, config, miss), miss)
+
+
+def test_bone_bat() -> None:
+    method = dw.BoneBAT(on=nn.Linear, rank=2)
+    config = peft.MissConfig(r=2, init_weights="bat", target_modules=BOTH)
+    assert_equal(*twins(method, config, miss), miss)
