@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.models.llama.modeling_llama
+import trl.trainer.sft_trainer  # noqa: F401 - imported once, for all processes
+
+from deltaworks import adapters
+from deltaworks.training import Recipe, checkpoint, tune
+
+gc.freeze()  # what is imported by now need not be searched in each process
 
 
 def die() -> None:
@@ -18,8 +26,6 @@ def run(recipe: dict[str, Any], resume: bool, moment: str) -> None:
     """Run a recipe and die at a moment: "step:3", "save:4" (in the middle of it), "rotate:4" (right after the
     checkpoint is in place), "adapter" (when it is written, but the run not finished), or "" for never."""
     torch.set_num_threads(1)
-    from deltaworks.training import Recipe, checkpoint, tune
-
     kind, _, number = moment.partition(":")
     if kind == "save":
         save = torch.save
@@ -41,8 +47,6 @@ def run(recipe: dict[str, Any], resume: bool, moment: str) -> None:
 
         checkpoint.rotate = dying
     if kind == "adapter":
-        from deltaworks import adapters
-
         written = adapters.save
 
         def last(*given: Any, **named: Any) -> Any:
