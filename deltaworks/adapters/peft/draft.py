@@ -97,17 +97,18 @@ class Draft:
         """Write trained biases; what `bias` must say."""
         biases = [path for path, module in modules(self.model) if module._parameters.get("bias") is not None]
         trained = [path for path, parameter in self.values if parameter == "bias" and path in biases]
-        alone = [path for path in trained if not self._complete(path)]
-        if not alone:
-            return "none"
-        if set(trained) == set(biases):
+        whole = {path for path in trained if self._complete(path)}
+        bare = {path for path in whole if set(self.model.get_submodule(path)._parameters) == {"bias"}}
+        alone = [path for path in trained if path not in whole - bare]
+        if set(trained) == set(biases) and alone:
             mode = "all"
-        elif set(alone) == set(targets) & set(biases):
+        elif set(alone) - bare and set(alone) == set(targets) & set(biases):
             mode = only
+        elif set(alone) <= bare:
+            return "none"
         else:
-            raise self.refuse(
-                f"the bias of {alone[0]}", f'PEFT trains all biases, or those of the adapted layers ("{only}")'
-            )
+            place = next(path for path in alone if path not in bare)
+            raise self.refuse(f"the bias of {place}", f'PEFT trains all, or those of the adapted layers ("{only}")')
         for path in alone:
             self.put(f"{path}.base_layer.bias" if path in targets else f"{path}.bias", self.values.pop((path, "bias")))
         return mode
