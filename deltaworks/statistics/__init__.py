@@ -6,8 +6,10 @@ taken tensor by tensor while the backward pass runs, and activation moments can 
 """
 
 from .activations import SecondMoment, second_moments
+from .alike import same_inputs
 from .gradients import each_gradient, fisher, mean_gradients, squared_gradients
 from .probe import cosines, probe
+from .products import product_gradients
 from .routing import RouterLoad, router_loads
 from .running import examples, loss_of, moved, untouched
 
@@ -22,7 +24,9 @@ __all__ = [
     "mean_gradients",
     "moved",
     "probe",
+    "product_gradients",
     "router_loads",
+    "same_inputs",
     "second_moments",
     "squared_gradients",
     "untouched",

@@ -74,6 +74,7 @@ def second_moments(
     outputs: bool = False,
     diagonal: bool = False,
     per_pass: int | None = None,
+    answers: bool = False,
 ) -> Iterator[tuple[str, SecondMoment]]:
     """The second moment of what each module reads (or gives), over all tokens that an attention mask does not hide.
 
@@ -85,6 +86,7 @@ def second_moments(
         diagonal: keep mean squares only.
         per_pass: how many modules are measured at a time; None for all in one pass. With 1, memory is that of one
             module's moment, and time as many passes.
+        answers: count only tokens with a label (not -100).
 
     Yields:
         path and moment, group by group; a caller that drops each keeps no more than one group.
@@ -96,11 +98,11 @@ def second_moments(
     if size < len(paths):
         batches = list(batches)
     for start in range(0, len(paths), size):
-        yield from _one_pass(model, paths[start : start + size], batches, outputs, diagonal).items()
+        yield from _one_pass(model, paths[start : start + size], batches, outputs, diagonal, answers).items()
 
 
 def _one_pass(
-    model: nn.Module, paths: Sequence[str], batches: Iterable[Batch], outputs: bool, diagonal: bool
+    model: nn.Module, paths: Sequence[str], batches: Iterable[Batch], outputs: bool, diagonal: bool, answers: bool
 ) -> dict[str, SecondMoment]:
     moments: dict[str, SecondMoment] = {}
     visible: list[Tensor | None] = [None]
@@ -129,6 +131,9 @@ def _one_pass(
             for batch in batches:
                 mask = batch.get("attention_mask")
                 visible[0] = mask.bool() if isinstance(mask, Tensor) else None
+                labels = batch.get("labels")
+                if answers and isinstance(labels, Tensor):
+                    visible[0] = labels != -100 if visible[0] is None else visible[0] & (labels != -100)
                 model(**moved(batch, model))
     finally:
         for handle in handles:
