@@ -153,7 +153,7 @@ class Recipe:
         for source in sources:
             given = {_key(name): value for name, value in source.items()}
             settings = given.pop("settings", None)
-            if "method" in given and given["method"] != merged.get("method", given["method"]):
+            if "method" in given and given["method"] != merged.get("method", cls.method):
                 merged.pop("settings", None)
             for one, other in (("steps", "epochs"), ("epochs", "steps")):
                 if given.get(one) is not None and given.get(other) is None:

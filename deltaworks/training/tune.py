@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
@@ -18,6 +19,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.utils import logging
 
 from .. import adapters
 from ..core.attach import attach
@@ -331,10 +333,11 @@ def _base(place: str, task: str, prepared: Prepared, device: torch.device, recip
     if dtype is None and method.family == "fullparam" and not any(rule.owns_step for rule in method.rules()):
         dtype = "float32"  # steps of a usual learning rate vanish in half precision
     labels = prepared.labels if task in LABELLED else None
-    model = load_base(
-        place, task, quantize=recipe.quantize, dtype=dtype, device=device,
-        id2label=labels.id2label if labels is not None else None, trust_remote_code=recipe.trust_remote_code,
-    )  # fmt: skip
+    with _quiet():
+        model = load_base(
+            place, task, quantize=recipe.quantize, dtype=dtype, device=device,
+            id2label=labels.id2label if labels is not None else None, trust_remote_code=recipe.trust_remote_code,
+        )  # fmt: skip
     if labels is not None:
         model.config.problem_type = labels.problem_type if task != "token-classification" else None
     if prepared.pad_token_id is not None and model.config.pad_token_id is None:
@@ -343,6 +346,20 @@ def _base(place: str, task: str, prepared: Prepared, device: torch.device, recip
     if recipe.packing:
         check_packing(model)
     return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bars and tables: what a base lacks is a new head, which is trained."""
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _attached(model: Any, prepared: Prepared, device: torch.device, recipe: Recipe) -> Tuned:

@@ -52,9 +52,9 @@ def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Callable[[
 
 ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
     "completions": lambda i: {"prompt": words(4, i), "completion": " " + words(2, i % 3)},
-    "classes": lambda i: {"text": f"{words(4, i)} w{i % 3}", "label": ["red", "green", "blue"][i % 3]},
-    "several": lambda i: {"text": f"{words(4, i)} w{i % 3}", "label": ["red", "green"][: i % 3]},
-    "numbers": lambda i: {"text": f"{words(4, i)} w{i % 3}", "label": i % 3 / 2 + 0.25},
+    "classes": lambda i: {"text": f"w{i % 3} w{i % 3 + 5}", "label": ["red", "green", "blue"][i % 3]},
+    "several": lambda i: {"text": f"w{i % 3} w{i % 3 + 5}", "label": ["red", "green"][: i % 3]},
+    "numbers": lambda i: {"text": f"w{i % 3} w{i % 3 + 5}", "label": i % 3 / 2 + 0.25},
     "tags": lambda i: {"tokens": words(5, i).split(), "tags": ["B-X", "I-X", "O", "O", "O"]},
     "texts": lambda i: {"text": words(9, i)},
     "pairs": lambda i: {"source": words(4, i), "target": words(2, i % 3)},

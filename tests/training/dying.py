@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers.models.llama.modeling_llama
-import trl.trainer.sft_trainer  # noqa: F401 - imported once, for all processes
+import transformers.models.llama.modeling_llama  # noqa: F401 - imported once, for all processes
+import trl.trainer.sft_trainer  # noqa: F401 - as above
 
 from deltaworks import adapters
 from deltaworks.training import Recipe, checkpoint, tune

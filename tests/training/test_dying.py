@@ -29,7 +29,8 @@ PROCESSES.set_forkserver_preload(["tests.training.dying"])
 def recipe(method: str, base: str, data: str, output: Path) -> dict[str, Any]:
     return {
         "base": base, "data": data, "method": method, "steps": 14, "batch_size": 2, "accumulation": 2, "save_every": 3,
-        "evaluate_every": 4, "samples": 1, "sample_length": 4, "output": str(output), "device": "cpu", **METHODS[method],
+        "evaluate_every": 4, "samples": 1, "sample_length": 4, "output": str(output), "device": "cpu",
+        **METHODS[method],
     }  # fmt: skip
 
 
