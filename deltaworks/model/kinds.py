@@ -39,6 +39,11 @@ def is_conv(module: nn.Module) -> bool:
     return isinstance(module, _ConvNd)
 
 
+def is_depthwise(module: nn.Module) -> bool:
+    """A convolution that sees each channel by itself."""
+    return isinstance(module, _ConvNd) and module.groups == module.in_channels > 1
+
+
 def is_embedding(module: nn.Module) -> bool:
     return isinstance(module, EMBEDDINGS)
 

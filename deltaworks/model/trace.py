@@ -46,14 +46,12 @@ class Trace:
 
     def __post_init__(self) -> None:
         self._clock = 0
+        self._first: dict[str, Call] = {}
         self._alive: list[Tensor] = []
         self._open: list[Call] = []
 
-    def of(self, path: str) -> list[Call]:
-        return [call for call in self.calls if call.path == path]
-
     def first(self, path: str | None) -> Call | None:
-        return next((call for call in self.calls if call.path == path), None)
+        return self._first.get(path) if path is not None else None
 
     def within(self, path: str) -> list[Call]:
         """The calls of the modules below `path`, itself not among them."""
@@ -75,6 +73,7 @@ class Trace:
                 # A module called by keyword is given its hidden states first all the same.
                 call = Call(path, self.tick(), self.keys((args, kwargs)))
                 self.calls.append(call)
+                self._first.setdefault(path, call)
                 self._open.append(call)
 
             def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from deltaworks.model import survey as survey_module
+from deltaworks.model import evidence
 from deltaworks.model.anatomy import Anatomy, Block, describe
 from deltaworks.model.trace import Trace
 from tests.families import FAMILIES, HEADS, KV_HEADS, WIDTH
@@ -138,7 +138,7 @@ def test_every_linear_map_of_a_block_has_its_role(name: str) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_weights_have_their_roles_without_a_forward_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = described(name)
-    monkeypatch.setattr(survey_module, "trace", lambda model: Trace(error="not today"))
+    monkeypatch.setattr(evidence, "trace", lambda model: Trace(error="not today"))
     unseen = describe(FAMILIES[name]()[0])
     assert unseen.unseen == "not today"
     for block in range(len(seen.blocks)):
