@@ -2,9 +2,10 @@
 
 For the demo, the tests and the comparisons; a user with a model and data never needs it.
 
-Bases: `decoder` (Llama, 5 M parameters, shipped), `encoder` (BERT), `seq2seq` (T5), `vision` (ViT), `moe` (Mixtral) and
-`ssm` (Mamba). Data: `docstrings` (signature -> docstring), `packages` (docstring -> package) and `digits`. Wherever the
-command line or a recipe takes a base or data, they are addressed as `nursery:NAME`.
+Bases: `decoder` (Llama, 5 M parameters, shipped), `encoder` (BERT), `seq2seq` (T5), `vision` (ViT), `moe` (Mixtral),
+`ssm` (Mamba), and `decoder-xs`, `decoder-s`, `decoder-m` for studies of scale. Data: `docstrings` (signature ->
+docstring), `packages` (docstring -> package) and `digits`. Wherever the command line or a recipe takes a base or data,
+they are addressed as `nursery:NAME`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
     from transformers import PreTrainedModel
 
-BASES = ("decoder", "encoder", "seq2seq", "vision", "moe", "ssm")
+BASES = ("decoder", "encoder", "seq2seq", "vision", "moe", "ssm", "decoder-xs", "decoder-s", "decoder-m")
 DATA = ("docstrings", "packages", "digits")
 NAMES = BASES + DATA
 PREFIX = "nursery:"

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from os import environ
 from pathlib import Path
@@ -32,6 +33,8 @@ from transformers import (
     AutoImageProcessor,
     BertConfig,
     BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MixtralConfig,
@@ -133,6 +136,21 @@ def bert() -> PreTrainedModel:
     )
 
 
+def llama(hidden: int, layers: int) -> PreTrainedModel:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=hidden * 5 // 2,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 32,
+            num_key_value_heads=hidden // 32,
+            max_position_embeddings=vocabulary.CONTEXT,
+            tie_word_embeddings=True,
+            **vocabulary.IN_CONFIG,
+        )
+    )
+
+
 T5_START: dict[str, Any] = {"decoder_start_token_id": vocabulary.PAD_ID}
 
 
@@ -183,10 +201,14 @@ def mamba() -> PreTrainedModel:
 
 
 TEXT = {
-    "encoder": TextRecipe(bert, masked, "masked", steps=400),
-    "seq2seq": TextRecipe(t5, spans, "seq2seq", steps=400),
-    "moe": TextRecipe(mixtral, routed, "causal", steps=300),
-    "ssm": TextRecipe(mamba, causal, "causal", steps=100, batch=32, length=32),
+    "encoder": TextRecipe(bert, masked, "masked", steps=400, rate=3.5e-3),
+    "seq2seq": TextRecipe(t5, spans, "seq2seq", steps=250),
+    "moe": TextRecipe(mixtral, routed, "causal", steps=200),
+    "ssm": TextRecipe(mamba, causal, "causal", steps=120, batch=32, length=32),
+    # Three sizes on the same text, for studies of scale.
+    "decoder-xs": TextRecipe(partial(llama, 64, 2), causal, "causal", steps=200),
+    "decoder-s": TextRecipe(partial(llama, 128, 3), causal, "causal", steps=200),
+    "decoder-m": TextRecipe(partial(llama, 192, 4), causal, "causal", steps=200),
 }
 VISION_STEPS = 300
 PIXELS = {

@@ -47,6 +47,7 @@ def write_sample(model: Any, entries: PreTrainedTokenizerFast, seed: int) -> str
 
 def card(facts: dict[str, Any], sample: str) -> str:
     """The model card, from the run's own numbers."""
+    runs = facts["runs"]
     return f"""---
 license: psf-2.0
 language: [en]
@@ -66,9 +67,9 @@ and comparisons train. It writes plausible Python; it is no assistant, and what 
 `help()`, without tests and character tables: {facts["documents"]} documents, {facts["bytes"] / 1e6:.1f} MB, \
 {facts["tokens"] / 1e6:.2f} million tokens |
 | tokenizer | byte-level BPE with 4096 entries, learnt from the same text; chat roles are in it, untrained |
-| training | {facts["steps"]} steps of {facts["batch"]} packed windows of 512 tokens: {facts["tokens_seen"] / 1e6:.1f} \
-million tokens seen, {facts["tokens_seen"] / facts["tokens"]:.1f} passes; Muon and AdamW, peak rate {facts["rate"]}, \
-seed {facts["seed"]}, {facts["minutes"]:.0f} minutes on two CPU cores |
+| training | {" + ".join(str(run["steps"]) for run in runs)} steps of {runs[-1]["batch"]} windows of 512 tokens, \
+{facts["tokens_seen"] / 1e6:.1f} million tokens seen, {facts["tokens_seen"] / facts["tokens"]:.1f} passes; Muon and \
+AdamW, peak rate {runs[-1]["rate"]}, {sum(run["minutes"] for run in runs):.0f} minutes on at most two CPU cores |
 | held out | **{facts["held_out_bits_per_byte"]:.3f} bits per byte** on {facts["held_out_documents"]} documents \
 ({facts["held_out_bytes"] / 1e6:.2f} MB) of modules that are not in the training text (`email`, `logging`, `inspect`, \
 ...), measured on the stored bf16 weights in windows of 512 tokens that do not overlap |
@@ -89,13 +90,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="windows of 512 tokens in a step")
     parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=500)
+    parser.add_argument("--decay", type=float, default=0.6, help="share of the run in which the rate falls to zero")
+    parser.add_argument("--save-every", type=int, default=250)
+    parser.add_argument("--start", type=Path, help="a checkpoint of an earlier run whose weights to go on from")
     options = parser.parse_args()
 
     torch.manual_seed(options.seed)
     documents = corpus.documents("train")
     entries = tokenizer.framed(tokenizer.train(document.text for document in documents), "causal")
     model = LlamaForCausalLM(architecture())
+    earlier: list[dict[str, Any]] = []
+    if options.start:
+        model = LlamaForCausalLM.from_pretrained(options.start, dtype=torch.float32)
+        earlier = json.loads((options.start / "runs.json").read_text())
+    model.train()
     embeddings = model.model.embed_tokens
 
     def numbers(document: corpus.Document) -> list[int]:
@@ -108,17 +116,22 @@ def main() -> None:
         logits = functional.linear(hidden, embeddings.weight).float()
         return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
+    def runs() -> list[dict[str, Any]]:
+        this = {"steps": step, "batch": options.batch, "rate": options.rate, "decay": options.decay}
+        return [*earlier, {**this, "seed": options.seed, "minutes": round(minutes, 1), "finished": progress >= 1}]
+
     def save(folder: Path) -> None:
         rounded = LlamaForCausalLM(model.config).bfloat16()
         rounded.load_state_dict(model.state_dict())
         rounded.save_pretrained(folder)
         entries.save_pretrained(folder)
+        (folder / "runs.json").write_text(json.dumps(runs(), indent=2) + "\n")
 
     compiled = torch.compile(loss, dynamic=False)
-    optimizers = Optimizers(model, options.rate)
+    optimizers = Optimizers(model, options.rate, options.decay)
     order, shuffle = random.Random(options.seed), torch.Generator().manual_seed(options.seed)
     rows: list[Tensor] = []
-    began, step, progress, smoothed = time.monotonic(), 0, 0.0, None
+    began, minutes, step, progress, smoothed = time.monotonic(), 0.0, 0, 0.0, None
     while progress < 1:
         if len(rows) < options.batch:
             order.shuffle(texts)
@@ -149,12 +162,8 @@ def main() -> None:
         "documents": len(documents),
         "bytes": sum(len(document.text.encode()) for document in documents),
         "tokens": sum(map(len, texts)),
-        "steps": step,
-        "batch": options.batch,
-        "tokens_seen": step * options.batch * tokenizer.CONTEXT,
-        "rate": options.rate,
-        "seed": options.seed,
-        "minutes": round((time.monotonic() - began) / 60, 1),
+        "tokens_seen": sum(run["steps"] * run["batch"] for run in runs()) * tokenizer.CONTEXT,
+        "runs": runs(),
         "held_out_documents": len(held_out),
         "held_out_bytes": size,
         "held_out_bits_per_byte": round(measured, 4),
