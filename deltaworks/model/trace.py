@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .kinds import GRAFT, experts_shapes, is_embedding, is_linear, linear_shape
+from .kinds import GRAFT, experts_shapes, is_embedding, is_linear, is_norm, linear_shape
 
 Key = tuple[int, int]
 """Identity of a tensor's contents: its storage and how often that was written to. A view has its base's key."""
@@ -127,7 +127,7 @@ def ghost(model: nn.Module, device: str = "meta") -> nn.Module:
             stub(module, linear_shape(module)[0])
         elif is_embedding(module) and device != "meta":
             stub(module, int(module.embedding_dim), as_dtype=torch.get_default_dtype())  # type: ignore[arg-type]
-        elif experts_shapes(module):
+        elif experts_shapes(module) or (device == "meta" and is_norm(module)):
             module.forward = _zeros_like
     return shell.eval()
 
