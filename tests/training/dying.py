@@ -12,9 +12,10 @@ import torch
 import transformers.models.llama.modeling_llama  # noqa: F401 - imported once, for all processes
 import trl.trainer.sft_trainer  # noqa: F401 - as above
 
-from deltaworks import adapters
+from deltaworks import adapters, methods
 from deltaworks.training import Recipe, checkpoint, tune
 
+methods()  # imports all pages
 gc.freeze()  # what is imported by now need not be searched in each process
 
 

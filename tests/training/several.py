@@ -1,0 +1,134 @@
+"""What each of two processes does in the distributed tests; imported by processes, so not a test module."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
+
+import deltaworks as dw
+from deltaworks.training import checkpoint, wrap
+from tests.families import FAMILIES
+
+STEPS, ROWS = 6, torch.randint(5, 64, (8, 12), generator=torch.Generator().manual_seed(0)).repeat(3, 1)
+
+
+def adapted(slug: str = "lora", **settings: Any) -> tuple[nn.Module, dw.Tuned]:
+    model, _ = FAMILIES["llama"]()
+    return model, dw.attach(model, dw.method(slug, **(settings or {"rank": 2})), seed=0)
+
+
+def loop(wrapped: nn.Module, tuned: dw.Tuned, rank: int, world: int) -> tuple[list[float], dict[str, Tensor]]:
+    """A plain loop: the loss of every step over all processes, and the tensors at the end."""
+    optimizer = torch.optim.AdamW(tuned.parameter_groups(1e-2, weight_decay=0.1))
+    rules = tuned.run(STEPS, optimizer=optimizer)
+    rules.emit("attached")
+    losses = []
+    for step in range(STEPS):
+        rules.emit("step_begin")
+        rows = ROWS[4 * step : 4 * step + 4].chunk(world)[rank]
+        loss = wrapped(input_ids=rows, labels=rows).loss
+        penalty = rules.penalty()
+        (loss if penalty is None else loss + penalty).backward()
+        rules.emit("gradients")
+        optimizer.step()
+        rules.emit("step_end")
+        optimizer.zero_grad()
+        total = loss.detach().clone()
+        if world > 1:
+            dist.all_reduce(total)
+        losses.append(total.item() / world)
+    rules.emit("finished")
+    return losses, {name: checkpoint.whole(value.detach()).clone() for name, value in tuned.tensors().items()}
+
+
+def single(rank: int, world: int, folder: Path) -> Any:
+    model, tuned = adapted()
+    return loop(model, tuned, 0, 1)
+
+
+def ddp(rank: int, world: int, folder: Path) -> Any:
+    model, tuned = adapted()
+    return loop(DistributedDataParallel(model), tuned, rank, world)
+
+
+def single_adalora(rank: int, world: int, folder: Path) -> Any:
+    model, tuned = adapted("adalora", init_rank=3, target_rank=2)
+    return loop(model, tuned, 0, 1)
+
+
+def ddp_adalora(rank: int, world: int, folder: Path) -> Any:
+    model, tuned = adapted("adalora", init_rank=3, target_rank=2)
+    return loop(DistributedDataParallel(model), tuned, rank, world)
+
+
+def fsdp(rank: int, world: int, folder: Path) -> Any:
+    model, tuned = adapted()
+    for block in model.model.layers:  # type: ignore[union-attr]
+        fully_shard(block)
+    fully_shard(model)
+    result = loop(model, tuned, rank, world)
+    assert all(parameter.to_local().numel() < parameter.numel() for parameter in model.model.layers[0].parameters())  # type: ignore[union-attr, operator]
+    assert not [name for name in model.state_dict() if ".deltaworks." not in name and name not in base_names()]
+    return result
+
+
+def base_names() -> list[str]:
+    return list(FAMILIES["llama"]()[0].state_dict())
+
+
+def trained(rank: int, world: int, folder: Path, fully: bool = False) -> Any:
+    """The same run by the Trainer, killed half-way and resumed when there are several processes."""
+    sharding: dict[str, Any] = {}
+    if fully:
+        layers = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+        sharding = {"fsdp": True, "fsdp_config": {"fsdp_version": 2, **layers}}
+
+    def trainer() -> Any:
+        model, _ = adapted()
+        args = TrainingArguments(
+            str(folder / "trainer"), max_steps=STEPS, per_device_train_batch_size=4 // world, learning_rate=1e-2,
+            lr_scheduler_type="constant", weight_decay=0.1, logging_steps=1, save_steps=3, max_grad_norm=0,
+            report_to=[], use_cpu=True, disable_tqdm=True, train_sampling_strategy="sequential", **sharding,
+        )  # fmt: skip
+        made = wrap(Trainer)(model, args, train_dataset=[{"input_ids": row, "labels": row} for row in ROWS])
+        made.log = lambda logs, *_: made.state.log_history.append({**logs, "step": made.state.global_step})
+        return made
+
+    made = trainer()
+    made.train()
+    first = {name: checkpoint.whole(value.detach()).clone() for name, value in made.tuned.tensors().items()}
+    if world > 1:
+        made = trainer()
+        made.train(resume_from_checkpoint=str(folder / "trainer" / "checkpoint-3"))
+        again = {name: checkpoint.whole(value.detach()) for name, value in made.tuned.tensors().items()}
+        assert all(torch.equal(value, first[name]) for name, value in again.items()), "resuming changed the result"
+    return [entry["loss"] for entry in made.state.log_history if "loss" in entry], first
+
+
+def trained_fsdp(rank: int, world: int, folder: Path) -> Any:
+    return trained(rank, world, folder, fully=True)
+
+
+def work(job: Callable[..., Any], rank: int, world: int, folder: Path) -> None:
+    """Join the group, do the job, write what came out."""
+    torch.set_num_threads(1)
+    port = 20000 + int.from_bytes(os.urandom(2), "big") % 20000 if world == 1 else int((folder / "port").read_text())
+    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    if world > 1:
+        os.environ |= {name: str(value) for name, value in given.items()} | {"ACCELERATE_USE_CPU": "true"}
+        dist.init_process_group("gloo")
+    result = job(rank, world, folder)
+    if rank == 0:
+        torch.save(result, folder / "result.pt")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
