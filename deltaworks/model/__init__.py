@@ -1,0 +1,1 @@
+"""What we know of base models: their anatomy, how to open them, and their weights as matrices."""
