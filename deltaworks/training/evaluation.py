@@ -140,7 +140,7 @@ def _spans(tags: Sequence[str]) -> Iterator[tuple[int, int, str]]:
 def samples(
     model: Any, prepared: Prepared, tokenizer: PreTrainedTokenizerBase, count: int, length: int, device: Any
 ) -> list[dict[str, str]]:
-    """What the model writes for held-out prompts, greedily: `prompt`, `reference` and `written` of each.
+    """What the model writes for held-out prompts, greedily: `prompt`, `reference` and `generated` of each.
 
     A plain text has no prompt; its first half stands for one.
     """
@@ -161,7 +161,7 @@ def samples(
                 )[0]  # fmt: skip
                 new = out[len(prompt) :] if prepared.task == "causal-lm" else out
                 texts = (tokenizer.decode(part, skip_special_tokens=True) for part in (prompt, answer, new))
-                made.append(dict(zip(("prompt", "reference", "written"), map(str, texts), strict=True)))
+                made.append(dict(zip(("prompt", "reference", "generated"), map(str, texts), strict=True)))
     finally:
         model.train(training)
     return made

@@ -230,8 +230,8 @@ def _samples(samples: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
     for index, sample in enumerate(after):
         texts = [("prompt", sample["prompt"]), ("reference", sample["reference"])]
         if index < len(before):
-            texts.append(("before", before[index]["written"]))
-        texts.append(("after", sample["written"]))
+            texts.append(("before", before[index]["generated"]))
+        texts.append(("after", sample["generated"]))
         shown += [f'<div class="label">{label}</div><pre>{_safe(text)}</pre>' for label, text in texts]
         shown.append("<hr>" if index + 1 < len(after) else "")
     return "".join(shown)
