@@ -98,11 +98,14 @@ class _Turn(torch.autograd.Function):
     ) -> Tensor:
         z = branch_input(x, survive) @ a.to(x.dtype).T
         direction = torch.addmm(y.reshape(-1, y.shape[-1]), z, b.to(x.dtype).T, alpha=scale)
+        # Not a view: models add residuals to a layer's output in place.
+        out = torch.empty_like(y, memory_format=torch.contiguous_format)
+        rows = out.view(direction.shape)
         gain = (magnitude / norms).to(x.dtype)
         ctx.scale = scale
         ctx.save_for_backward(x, survive, z, direction, a, b, magnitude, norms)
-        out = direction * gain if bias is None else torch.addcmul(bias.to(x.dtype), direction, gain)
-        return out.view(y.shape)
+        torch.mul(direction, gain, out=rows)
+        return out if bias is None else out.add_(bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable

@@ -54,21 +54,13 @@ class Factored(Delta):
         return tokens * (fan_in + fan_out) < 2 * fan_in * fan_out or self.rank * 4 < min(fan_in, fan_out)
 
     def side(self, x: Tensor) -> Tensor:
-        a, b = self.factors()
-        u = (dropped(self, x) @ a.to(x.dtype).T) @ b.to(x.dtype).T
-        return u * self.scale if self.scale != 1.0 else u
+        return _branch(self, x, *self.factors())
 
     def act(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
-        if plain(self, x) and y.dtype == x.dtype and y.is_contiguous():
-            survive, scale = kept(self, x)
-            return _LowRankAdd.apply(y, x, *self.factors(), scale, survive)  # type: ignore[return-value]
-        return y + self.side(x).to(y.dtype)
+        return add_branch(self, x, y, *self.factors())
 
     def with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        if not plain(self, x) or weight.dtype != x.dtype:
-            return None
-        survive, scale = kept(self, x)
-        return _LowRankLinear.apply(x, weight, bias, *self.factors(), scale, survive)  # type: ignore[return-value]
+        return linear_with_branch(self, x, weight, bias, *self.factors())
 
     def look_up(self, tokens: Tensor, layer: nn.Embedding) -> Tensor:
         """The change of an embedding's output, for token ids."""
@@ -106,6 +98,29 @@ def dropped(part: Any, x: Tensor) -> Tensor:
 def branch_input(x: Tensor, survive: Tensor | None) -> Tensor:
     """The branch's input as a matrix, `tokens x in`."""
     return (x if survive is None else x * survive).reshape(-1, x.shape[-1])
+
+
+def add_branch(part: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`y + scale (x A^T) B^T` under a part's scale and dropout; `y` may be overwritten."""
+    if plain(part, x) and y.dtype == x.dtype and y.is_contiguous():
+        survive, scale = kept(part, x)
+        return _LowRankAdd.apply(y, x, a, b, scale, survive)  # type: ignore[return-value]
+    return y + _branch(part, x, a, b).to(y.dtype)
+
+
+def linear_with_branch(
+    part: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
+) -> Tensor | None:
+    """`x W^T + bias + scale (x A^T) B^T` in one go, W and bias frozen; None where autograd must see the pieces."""
+    if not plain(part, x) or weight.dtype != x.dtype:
+        return None
+    survive, scale = kept(part, x)
+    return _LowRankLinear.apply(x, weight, bias, a, b, scale, survive)  # type: ignore[return-value]
+
+
+def _branch(part: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    u = (dropped(part, x) @ a.to(x.dtype).T) @ b.to(x.dtype).T
+    return u * part.scale if part.scale != 1.0 else u
 
 
 def plain(delta: Delta, x: Tensor) -> bool:
@@ -190,8 +205,10 @@ def _branch_gradients(
 
 
 def base_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`x W^T + bias`, and a view of it as rows. It is no view itself: models add residuals to a layer's output in place,
-    which autograd forbids on a view that a custom function returns.
+    """`x W^T + bias`, and a view of it as rows.
+
+    It is no view itself: models add residuals to a layer's output in place, which autograd forbids on a view that a
+    custom function returns.
     """
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     rows, flat = y.view(-1, weight.shape[0]), x.reshape(-1, x.shape[-1])

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ...model.weights import Weight
 from ..part import Delta, Shared
-from .low_rank import branch_input, dropped, kept, plain
+from .low_rank import base_product, branch_input, dropped, kept, plain
 
 Bases = Callable[[], tuple[Tensor, Tensor]]
 
@@ -142,12 +142,14 @@ class _ScaledLinear(torch.autograd.Function):
         z = branch_input(x, survive) @ a.to(x.dtype).T
         out = _scaled(b, d, l, x.dtype)
         if weight is None:
-            y = (z @ out.T).mul_(scale)
+            y = x.new_empty(*x.shape[:-1], out.shape[0])
+            torch.mm(z, out.T, out=y.view(-1, out.shape[0])).mul_(scale)
         else:
-            y = nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, bias).addmm_(z, out.T, alpha=scale)
+            y, rows = base_product(x, weight, bias)
+            rows.addmm_(z, out.T, alpha=scale)
         ctx.bases, ctx.scale = bases, scale
         ctx.save_for_backward(z, weight, d, l, survive if ctx.needs_input_grad[0] else None)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     @once_differentiable
