@@ -147,3 +147,26 @@ def test_bone_bat() -> None:
     method = dw.BoneBAT(on=nn.Linear, rank=2)
     config = peft.MissConfig(r=2, init_weights="bat", target_modules=BOTH)
     assert_equal(*twins(method, config, miss), miss)
+
+
+@pytest.mark.parametrize("rank", [3, 4])
+def test_randlora(rank: int) -> None:
+    def translate(layer) -> dict[str, torch.Tensor]:
+        return {"lam": layer.randlora_lambda["default"], "gamma": layer.randlora_gamma["default"]}
+
+    method = dw.RandLoRA(on=nn.Linear, rank=rank, alpha=10.0)
+    config = peft.RandLoraConfig(r=rank, randlora_alpha=10, target_modules=BOTH)
+    ours, tuned, theirs = twins(method, config, translate)
+    for part in tuned.parts():
+        # Theirs draws in bfloat16; both take our numbers.
+        layer(theirs, "first").randlora_A["default"] = part.bases.a[:, None]
+        layer(theirs, "first").randlora_B["default"] = part.bases.b
+    assert_equal(ours, tuned, theirs, translate)
+
+
+def test_randlora_starts_like_theirs() -> None:
+    theirs = peft.get_peft_model(net()[0], peft.RandLoraConfig(r=3, target_modules=BOTH))
+    tuned = dw.attach(net()[0], dw.RandLoRA(on=nn.Linear, rank=3), seed=0)
+    for name, part in tuned.named_parts():
+        assert torch.allclose(part.gamma, layer(theirs, name).randlora_gamma["default"].double())
+        assert part.lam.shape == layer(theirs, name).randlora_lambda["default"].shape

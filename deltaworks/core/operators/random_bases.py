@@ -1,0 +1,107 @@
+"""A full-rank delta from frozen random bases with trained diagonal scalings.
+
+`dW = scale * B F`: one random `A` (`rank x short`) is scaled anew for each of the `N` bases, row by row and column by
+column, to F (`N rank x short`), and meets a random `B` (`long x N rank`). Scaled is the shorter side of the weight.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...model.weights import Weight
+from ..part import Shared
+from .low_rank import Factored
+from .recompute import recomputed
+
+
+class RandomBases(Shared):
+    """The frozen bases of an adapter, for all layers: drawn on the CPU from a seed, each divided by its own deviation.
+
+    Args:
+        rank: r, of every basis.
+        short, long: the smaller and the larger of the widest input and output.
+        seed: of the generator.
+        sparsity: q, for entries of +-1 with probability 1/(2q) each and 0 else; None for uniform ones.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ("rank", "short", "long", "seed", "sparsity")
+    a: Tensor
+    b: Tensor
+
+    def __init__(self, rank: int, short: int, long: int, seed: int, sparsity: float | None = None) -> None:
+        super().__init__()
+        self.rank, self.short, self.long, self.seed, self.sparsity = rank, short, long, seed, sparsity
+        generator = torch.Generator("cpu").manual_seed(seed)
+        for name, shape in (("a", (rank, short)), ("b", (long, -(-short // rank), rank))):
+            drawn = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+            if sparsity is None:
+                drawn = 2 * drawn - 1
+            else:
+                share = 1 / (2 * sparsity)
+                drawn = (drawn > 1 - share).float() - (drawn < share).float()
+            self.register_buffer(name, drawn / drawn.std(), persistent=False)
+
+
+class RandomMixture(Factored):
+    """Trained scalings of shared random bases.
+
+    Args:
+        lam: lambda, `rank x N`, with `N = ceil(short / rank)` for this layer's shorter side.
+        gamma: `N x short`.
+        bases: the shared random matrices, of which this layer takes the first rows and columns.
+        fan_out, fan_in: size of the weight.
+        scale: multiplies the product.
+        dropout: probability of zeroing an input feature of the branch in training.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ("fan_out", "fan_in", "scale", "dropout")
+    borrowed: ClassVar[tuple[str, ...]] = ("bases",)
+
+    def __init__(
+        self,
+        lam: Tensor,
+        gamma: Tensor,
+        bases: RandomBases,
+        fan_out: int,
+        fan_in: int,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        short, long, rank = min(fan_out, fan_in), max(fan_out, fan_in), bases.rank
+        wanted = (rank, -(-short // rank)), (-(-short // rank), short)
+        if (tuple(lam.shape), tuple(gamma.shape)) != wanted or short > bases.short or long > bases.long:
+            found = f"lambda {list(lam.shape)} and gamma {list(gamma.shape)} for {fan_out} x {fan_in}"
+            raise ValueError(f"{found} do not fit shared bases of rank {rank}, {bases.long} x {bases.short}")
+        self.lam, self.gamma, self.bases = nn.Parameter(lam), nn.Parameter(gamma), bases
+        self.fan_out, self.fan_in, self.scale, self.dropout = fan_out, fan_in, float(scale), float(dropout)
+
+    @property
+    def rank(self) -> int:
+        return self.lam.numel()
+
+    def prefers_side(self, tokens: int, weight: Weight) -> bool:
+        # The inner dimension is as wide as the weight: for many rows of activations one dense product is less work.
+        return (
+            bool(self.dropout and self.training) or tokens * (self.fan_in + self.fan_out) < self.fan_in * self.fan_out
+        )
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self._oriented(recomputed(self._scaled, self.lam, self.gamma))
+
+    def dense(self) -> Tensor:
+        a, b = self._oriented(self._scaled(self.lam, self.gamma))
+        return self.scale * (b @ a)
+
+    def _scaled(self, lam: Tensor, gamma: Tensor) -> Tensor:
+        """F, `rank N x short`: every row of A for each basis."""
+        a = self.bases.a[:, None, : gamma.shape[-1]].to(lam.dtype)
+        return (lam.unsqueeze(-1) * a * gamma).flatten(0, 1)
+
+    def _oriented(self, scaled: Tensor) -> tuple[Tensor, Tensor]:
+        bases = -(-min(self.fan_out, self.fan_in) // self.bases.rank)
+        b = self.bases.b[: max(self.fan_out, self.fan_in), :bases].flatten(1)
+        return (scaled, b) if self.fan_in <= self.fan_out else (b.T, scaled.T)
