@@ -336,3 +336,16 @@ def test_a_resumed_run_is_the_uninterrupted_run(slug: str, stop: int, tmp_path) 
     resumed = _train(slug, 6, stop, tmp_path)
     assert list(whole) == list(resumed)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@every
+def test_its_sizes_are_known_without_weights(slug: str) -> None:
+    from deltaworks.core.costs import size_on
+
+    model, _ = build("llama")
+    told = size_on(copy.deepcopy(model).to("meta"), settings(slug))
+    if settings(slug).needs_data:
+        assert told == {"reason": "depends on the data"}
+        return
+    summary = attach(model, slug, "llama").summary()
+    assert (told["trainable"], told["saved_bytes"]) == (summary.trainable, summary.stored_bytes)

@@ -33,7 +33,8 @@ class Spectral(Scaled):
     def __init__(self, c: Tensor, entries: Tensor, fan_out: int, fan_in: int, scale: float = 1.0) -> None:
         super().__init__()
         size = fan_out * fan_in
-        if c.shape != entries.shape or (entries.numel() and not 0 <= int(entries.min()) <= int(entries.max()) < size):
+        real = entries.numel() and not entries.is_meta
+        if c.shape != entries.shape or (real and not 0 <= int(entries.min()) <= int(entries.max()) < size):
             raise ValueError(f"{len(c)} coefficients need as many positions, all below {size} ({fan_out} x {fan_in})")
         self.c = nn.Parameter(c)
         self.register_buffer("entries", entries.to(torch.int32 if size < 2**31 else torch.int64))
