@@ -61,6 +61,13 @@ class PerExpert(Delta):
         ]
         return cls([delta for delta in made if isinstance(delta, Delta)])
 
+    def each(self) -> list[Delta]:
+        """Every expert's delta by itself, with copies of its tensors."""
+        lent: dict[str, nn.Module] = {name: self.get_submodule(name) for name in self.borrowed}
+        own = {name.replace("__", "."): value.clone() for name, value in self.tensors().items()}
+        made = [PARTS[self.kind].remade(self.inner, {n: v[i] for n, v in own.items()}, lent) for i in range(self.count)]
+        return [delta for delta in made if isinstance(delta, Delta)]
+
     def _own(self) -> dict[str, Tensor]:
         own: dict[str, Any] = {**self._parameters, **self._buffers}
         return {f"delta.{name.replace('__', '.')}": value for name, value in own.items()}
