@@ -235,7 +235,7 @@ def _folded(layer: nn.Module, parameter: str, deltas: Sequence[Delta]) -> Tensor
     return view.layout(whole)
 
 
-def _linear(layer: nn.Module, call: Callable[..., Any], deltas: list[Delta], x: Tensor) -> Tensor:
+def _linear(layer: nn.Module, call: Callable[..., Tensor], deltas: list[Delta], x: Tensor) -> Tensor:
     stored = layer._parameters["weight"]
     weight = Weight(layer)
     changes = [delta for delta in deltas if delta.site.parameter == "weight"]
@@ -259,7 +259,7 @@ def _linear(layer: nn.Module, call: Callable[..., Any], deltas: list[Delta], x: 
             if y is not None:
                 sides = []
     if y is None and alone and sides and sides[0].site.rows is None:
-        y = sides[0].around(call, x)
+        y = sides[0].around(call, x, weight)
         if y is not None:
             sides = []
     if y is None:

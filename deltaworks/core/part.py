@@ -125,7 +125,7 @@ class Delta(Part):
         """The layer's new output, from its input `x`, its base output `y` (may be overwritten) and its weight."""
         return y.add_(self.side(x))
 
-    def around(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:
+    def around(self, call: Callable[[Tensor], Tensor], x: Tensor, weight: Weight) -> Tensor | None:
         """The layer's new output by way of its own call, for a change of what the layer reads; None otherwise."""
         return None
 

@@ -16,7 +16,7 @@ def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     For cheap elementwise expressions of wide activations: `function` must be deterministic and use nothing else that
     needs a gradient.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling():
         return function(*tensors)
     return _Recomputed.apply(function, *tensors)  # type: ignore[return-value]
 
@@ -26,7 +26,8 @@ class _Recomputed(torch.autograd.Function):
     def forward(ctx: Any, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         ctx.function = function
         ctx.save_for_backward(*tensors)
-        return function(*tensors)
+        # Detached, since matmul chooses its kernel by what requires a gradient: frozen must give the same bits.
+        return function(*(tensor.detach() for tensor in tensors))
 
     @staticmethod
     @once_differentiable

@@ -45,7 +45,7 @@ class Scaling(Delta):
         # A scaled input of some rows of a fused weight would have to leave the other rows' input alone.
         return not (self.at_input and self.site.rows is not None)
 
-    def around(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:
+    def around(self, call: Callable[[Tensor], Tensor], x: Tensor, weight: Weight) -> Tensor | None:
         return call(x * self.l.to(x.dtype)) if self.at_input else None
 
     def act(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
