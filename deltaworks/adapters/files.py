@@ -19,6 +19,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
+CONFIG, WEIGHTS = "adapter.json", "adapter.safetensors"
+PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+OWN = (CONFIG, WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PICKLE)
+"""Files of an adapter, in any format; a folder holds those of one."""
 JSON_LIMIT = 64 << 20
 """Largest JSON file that is read, in bytes; real ones have some kilobytes."""
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -115,7 +119,8 @@ class Replacement:
 
     Used as a context manager: the block fills `folder`; when it ends without an error the folder becomes `target` in
     one step of the file system, otherwise it disappears. Files in an existing `target` that are not called by one of
-    `own` stay.
+    `own` stay. A target that cannot be exchanged, because it is a mount point or somebody stands in it, gets the files
+    one by one, the description last: at no moment does it describe what is not there.
     """
 
     def __init__(self, target: Path | str, own: Iterable[str]) -> None:
@@ -127,7 +132,9 @@ class Replacement:
         if self.target.is_symlink():
             self.target = self.target.resolve()
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        self.folder = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.", suffix=".new", dir=self.target.parent))
+        self.beside = os.access(self.target.parent, os.W_OK) and not Path.cwd().is_relative_to(self.target)
+        place = self.target.parent if self.beside else self.target
+        self.folder = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.", suffix=".new", dir=place))
         return self.folder
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -139,24 +146,44 @@ class Replacement:
 
     def _commit(self) -> None:
         there = self.target.is_dir()
+        for file in self.folder.iterdir():
+            _flush(file)
+        if there and not self.beside:
+            return self._one_by_one()
         if there:
             self._keep_others()
         mask = os.umask(0)
         os.umask(mask)
         self.folder.chmod(stat.S_IMODE(self.target.stat().st_mode) if there else 0o777 & ~mask)
-        for file in self.folder.iterdir():
-            if file.is_file() and not file.is_symlink():
-                _flush(file)
         _flush(self.folder)
         if not there:
             os.rename(self.folder, self.target)
         elif not _exchange(self.folder, self.target):
-            # Without an exchange in one step: the old folder is complete until it is set aside, the new one from then.
-            aside = self.folder.with_suffix(".old")
-            os.rename(self.target, aside)
-            os.rename(self.folder, self.target)
-            shutil.rmtree(aside, ignore_errors=True)
+            self._swap()
         _flush(self.target.parent)
+
+    def _swap(self) -> None:
+        # Without an exchange in one step: the old folder is complete until it is set aside, the new one from then.
+        aside = self.folder.with_suffix(".old")
+        try:
+            os.rename(self.target, aside)
+        except OSError:
+            return self._one_by_one()
+        os.rename(self.folder, self.target)
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def _one_by_one(self) -> None:
+        new = sorted(
+            (file for file in self.folder.iterdir() if file.name in self.own), key=lambda file: file.suffix == ".json"
+        )
+        for file in new:
+            shutil.copy2(file, self.target / f".{file.name}.new")
+            _flush(self.target / f".{file.name}.new")
+        for name in sorted(self.own, key=lambda name: not name.endswith(".json")):
+            (self.target / name).unlink(missing_ok=True)
+        for file in new:
+            os.replace(self.target / f".{file.name}.new", self.target / file.name)
+        _flush(self.target)
 
     def _keep_others(self) -> None:
         for item in self.target.iterdir():

@@ -12,38 +12,20 @@ Loading makes the parts again from what stands there; the method's own initialis
 
 from __future__ import annotations
 
-import dataclasses
-import inspect as introspect
 import math
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..core import registry
-from ..core.attach import Adapter, named_parts, state_of
-from ..core.method import Method, Placed
-from ..core.part import PARTS, Part, Shared, Trained
-from ..model.anatomy import Anatomy, Site, describe
-from .files import refuse
+from ..core.attach import named_parts, state_of
+from ..core.part import Part, Trained
+from ..model.anatomy import Anatomy, describe
 from .fingerprint import fingerprint, trained_parameter
-from .sites import check_fit, find_site
+from .sites import find_site
 from .weights import NAMES
 
-CONFIG, WEIGHTS = "adapter.json", "adapter.safetensors"
 FORMAT = 1
 Values = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A verified adapter, ready to be hung into the model it was read for."""
-
-    method: Method
-    placed: list[Placed]
-    shared: dict[str, Shared]
 
 
 def describe_adapter(model: nn.Module, name: str, library: str) -> tuple[dict[str, Any], Values]:
@@ -55,10 +37,19 @@ def describe_adapter(model: nn.Module, name: str, library: str) -> tuple[dict[st
     adapter = state_of(model).adapters[name]
     base = describe(model)
     values: Values = {}
-    parts = [_written(base, part, values) for _, part in named_parts(model, name)]
-    for (_, label), part in zip(adapter.places, parts, strict=True):
-        part["label"] = label
-    _name_values(model, name, adapter, values)
+    parts = []
+    lent: set[str] = set()
+    for (path, label), (_, part) in zip(adapter.places, named_parts(model, name), strict=True):
+        own = {"": learned(model, part)} if isinstance(part, Trained) else part.tensors()
+        parts.append(_written(base, part, label, own))
+        lent |= set(part.borrowed)
+        for inner, value in own.items():
+            _put(values, tensor_name(path, label, part.site.parameter, inner), value)
+    # What only training needed, nobody borrows any more.
+    shared = {key: module for key, module in adapter.shared.items() if key in lent}
+    for key, module in shared.items():
+        for inner, value in module.state_dict().items():
+            _put(values, f"@{key}.{inner}", value)
     config = {
         "format": FORMAT,
         "library": library,
@@ -78,7 +69,7 @@ def describe_adapter(model: nn.Module, name: str, library: str) -> tuple[dict[st
                 "settings": {k: _plain(f"{key}.{k}", v) for k, v in module.configuration().items()},
                 "tensors": {inner: signature(value) for inner, value in module.state_dict().items()},
             }
-            for key, module in adapter.shared.items()
+            for key, module in shared.items()
         },
         "parts": parts,
     }
@@ -96,15 +87,14 @@ def signature(value: Tensor) -> str:
     return f"{NAMES.get(value.dtype, value.dtype)} {'x'.join(map(str, value.shape)) or 'scalar'}"
 
 
-def _written(base: Anatomy, part: Part, values: Values) -> dict[str, Any]:
+def _written(base: Anatomy, part: Part, label: str, own: Values) -> dict[str, Any]:
     site = part.site
     known = find_site(base, site.path, site.parameter, site.part)
-    own = {"": learned(base.model, part)} if isinstance(part, Trained) else part.tensors()
     written = {
         "path": site.path,
         "parameter": site.parameter,
         "part": site.part,
-        "label": "",
+        "label": label,
         "kind": type(part).__name__,
         "settings": {key: _plain(f"{site.name}: {key}", value) for key, value in part.configuration().items()},
         "tensors": {inner: signature(value) for inner, value in own.items()},
@@ -117,16 +107,6 @@ def _written(base: Anatomy, part: Part, values: Values) -> dict[str, Any]:
 def learned(model: nn.Module, part: Trained) -> Tensor:
     """The value an adapter gives a parameter of the base, wherever it is kept at present."""
     return part.learned if part.learned is not None else trained_parameter(model, part).detach()
-
-
-def _name_values(model: nn.Module, name: str, adapter: Adapter, values: Values) -> None:
-    for (path, label), (_, part) in zip(adapter.places, named_parts(model, name), strict=True):
-        own = {"": learned(model, part)} if isinstance(part, Trained) else part.tensors()
-        for inner, value in own.items():
-            _put(values, tensor_name(path, label, part.site.parameter, inner), value)
-    for key, module in adapter.shared.items():
-        for inner, value in module.state_dict().items():
-            _put(values, f"@{key}.{inner}", value)
 
 
 def tensor_name(path: str, label: str, parameter: str | None, inner: str) -> str:
@@ -157,226 +137,3 @@ def _plain(what: str, value: Any) -> Any:
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {key: _plain(what, item) for key, item in value.items()}
     raise ValueError(f"{what} is {value!r}, which a file cannot hold; take plain values, roles and names")
-
-
-class Reader:
-    """Makes an adapter for one model from the content of the two files.
-
-    Every fault is a `ValueError` that begins with the file's name. The model is only looked at.
-    """
-
-    def __init__(self, model: nn.Module, folder: Path, config: dict[str, Any], values: Values) -> None:
-        self.model, self.config = model, config
-        self.file, self.weights = folder / CONFIG, folder / WEIGHTS
-        self.left = dict(values)
-        self.base = describe(model)
-
-    def plan(self) -> Plan:
-        """The verified adapter.
-
-        Raises:
-            ValueError: for anything that is not what an adapter for this model holds.
-        """
-        check_head(self.file, self.config)
-        method = self.method()
-        shared = {key: self.lent(key, item) for key, item in self.of_kind(self.config, "shared", dict).items()}
-        written = self.of_kind(self.config, "parts", list)
-        if not written:
-            refuse(self.file, "has no parts")
-        placed = [self.placed(item, shared) for item in written]
-        places = [(item.site.path, item.label) for item in placed]
-        if len(set(places)) < len(places):
-            twice = next(place for place in places if places.count(place) > 1)
-            refuse(self.file, f"two parts are called {twice[1]!r} at {twice[0]!r}")
-        if self.left:
-            refuse(self.weights, f"holds tensors that no part has: {', '.join(sorted(self.left)[:3])}")
-        return Plan(method, placed, shared)
-
-    def of_kind(self, owner: Any, key: str, kind: type | tuple[type, ...]) -> Any:
-        """A value of the JSON, which must be of one of these Python types."""
-        if not isinstance(owner, dict) or key not in owner:
-            refuse(self.file, f"an entry has no {key!r}")
-        if not isinstance(owner[key], kind):
-            found = owner[key]
-            refuse(self.file, f"{key!r} cannot be {type(found).__name__} {str(found)[:60]!r}")
-        return owner[key]
-
-    def method(self) -> Method:
-        """The method with its hyper-parameters, every one checked."""
-        settings = self.of_kind(self.config, "settings", dict)
-        try:
-            cls = registry.find(self.of_kind(self.config, "method", str))
-            fields = {item.name: item for item in dataclasses.fields(cls) if item.init}
-            for name in settings:
-                if name not in fields:
-                    raise ValueError(f"{cls.slug} has no hyper-parameter {name!r}; it has {', '.join(fields)}")
-            return cls(**{name: self.restored(value, fields[name].default) for name, value in settings.items()})
-        except Exception as error:  # whatever a page's own checks make of a hostile value
-            refuse(self.file, error)
-
-    def restored(self, value: Any, default: Any) -> Any:
-        """A hyper-parameter as the method declares it: module types found in the model, tuples where lists stand."""
-        if isinstance(value, dict) and set(value) == {"type"}:
-            classes = {cls for module in self.model.modules() for cls in type(module).__mro__}
-            found = next((cls for cls in classes if f"{cls.__module__}.{cls.__qualname__}" == value["type"]), None)
-            if found is None:
-                raise ValueError(f"{type(self.model).__name__} has no module of type {value['type']!r}")
-            return found
-        if isinstance(value, list):
-            restored = [self.restored(item, None) for item in value]
-            return tuple(restored) if isinstance(default, tuple) else restored
-        return value
-
-    def lent(self, key: str, item: Any) -> Shared:
-        """A module that several parts borrow from."""
-        kind, settings = self.of_kind(item, "kind", str), self.of_kind(item, "settings", dict)
-        cls = Shared.kinds.get(kind)
-        if cls is None:
-            refuse(self.file, f"{key!r} is of the unknown kind {kind!r}")
-        tensors = self.taken(f"@{key}.", item)
-        try:
-            check_settings(cls, settings, set(cls.settings))
-            with FakeTensorMode():
-                sketch = cls(**settings)
-            need = sum(value.numel() for value in (*sketch.parameters(), *sketch.buffers()))
-            if need > (limit := 4 * sum(p.numel() for p in self.model.parameters()) + (1 << 26)):
-                raise ValueError(f"would take {need:,} values; a base of this size can need {limit:,}")
-            module = cls(**settings)
-            wanted = module.state_dict()
-            compare(kind, wanted, tensors)
-            module.load_state_dict(tensors, strict=False, assign=True)
-        except Exception as error:
-            refuse(self.file, f"{key}: {error}")
-        return module
-
-    def placed(self, item: Any, shared: dict[str, Shared]) -> Placed:
-        """One part at its site."""
-        path, label, kind = (self.of_kind(item, key, str) for key in ("path", "label", "kind"))
-        parameter = self.of_kind(item, "parameter", (str, type(None)))
-        part_name = self.of_kind(item, "part", (str, type(None)))
-        cls = PARTS.get(kind)
-        if cls is None:
-            refuse(self.file, f"{path!r} has a part of the unknown kind {kind!r}")
-        if not label.isidentifier() or hasattr(nn.Module(), label):
-            refuse(self.file, f"a part at {path!r} cannot be called {label!r}")
-        settings = self.of_kind(item, "settings", dict)
-        prefix = tensor_name(path, label, parameter, "" if cls is Trained else "*").removesuffix("*")
-        tensors = self.taken(prefix, item)
-        try:
-            site = self.site(find_site(self.base, path, parameter, part_name), item)
-            part = self.trained(tensors) if cls is Trained else remade(cls, settings, tensors, shared)
-            check_fit(part, site, self.model)
-        except Exception as error:
-            refuse(self.file, f"{path or 'model'}, {label}: {error}")
-        return Placed(site, part, label)
-
-    def site(self, site: Site, item: dict[str, Any]) -> Site:
-        """The site with the rows the file names, where it names any."""
-        if "rows" not in item:
-            return site
-        rows = item["rows"]
-        if rows is None:
-            return dataclasses.replace(site, rows=None)
-        module = self.model.get_submodule(site.path)
-        from ..model.weights import Weight
-
-        size = Weight(module, site.parameter or "weight").fan_out
-        if not isinstance(rows, list) or not all(type(row) is int and 0 <= row < size for row in rows) or not rows:
-            raise ValueError(f"rows must be a list of whole numbers below {size}")
-        if len(set(rows)) < len(rows):
-            raise ValueError("rows names a row twice")
-        return dataclasses.replace(site, rows=tuple(rows))
-
-    def taken(self, prefix: str, item: dict[str, Any]) -> Values:
-        """The tensors of one owner, out of those that are left; dtypes and shapes must be those the JSON says."""
-        taken: Values = {}
-        for inner, wanted in self.of_kind(item, "tensors", dict).items():
-            value = self.left.pop(prefix + inner, None)
-            if value is None:
-                refuse(self.weights, f"has no tensor {prefix + inner!r}")
-            if signature(value) != wanted:
-                refuse(self.weights, f"{prefix + inner} is {signature(value)}, where {CONFIG} says {wanted}")
-            taken[inner] = value
-        return taken
-
-    def trained(self, tensors: Values) -> Trained:
-        """A parameter of the base with its learned value."""
-        if set(tensors) != {""} or not tensors[""].is_floating_point():
-            raise ValueError("a trained parameter has one value, of floating point")
-        part = Trained()
-        part.learned = tensors[""]
-        return part
-
-
-def check_head(file: Path, config: dict[str, Any]) -> None:
-    """Whether the JSON says of itself that it is ours, in a version we know."""
-    version = config.get("format")
-    if type(version) is not int or "method" not in config:
-        refuse(file, "does not describe a Deltaworks adapter: no format or no method")
-    if version != FORMAT:
-        refuse(file, f"is of format {version}; this library reads {FORMAT}. Install a newer deltaworks")
-    base = config.get("base")
-    mark = base.get("fingerprint") if isinstance(base, dict) else None
-    if not isinstance(mark, str) or mark.count(":") != 1:
-        refuse(file, "does not say which base it belongs to: no base.fingerprint")
-
-
-def remade(cls: type[Part], settings: dict[str, Any], tensors: Values, shared: dict[str, Shared]) -> Part:
-    """A part made again from a file's settings and tensors, with the modules it borrows.
-
-    Raises:
-        ValueError: when it cannot be made of them.
-    """
-    check_settings(cls, settings, set(cls.settings))
-    inner = (
-        PARTS.get(settings["kind"]) if cls.__name__ == "PerExpert" and isinstance(settings.get("kind"), str) else cls
-    )
-    missing = [key for key in (inner or cls).borrowed if key not in shared]
-    if missing:
-        raise ValueError(f"{cls.__name__} borrows {missing[0]!r}, which the file does not describe")
-    part = cls.remade(settings, tensors, {key: shared[key] for key in (inner or cls).borrowed})
-    compare(cls.__name__, part.tensors(), tensors)
-    return part
-
-
-def compare(owner: str, wanted: Values, tensors: Values) -> None:
-    """Whether the tensors are those the owner has, in name, shape and kind of number."""
-    if set(wanted) != set(tensors):
-        raise ValueError(f"{owner} has tensors {sorted(wanted)}, the file {sorted(tensors)}")
-    for name, value in tensors.items():
-        if value.shape != wanted[name].shape:
-            raise ValueError(f"{owner}.{name} has shape {list(wanted[name].shape)}, the file {list(value.shape)}")
-        if value.is_floating_point() != wanted[name].is_floating_point():
-            raise ValueError(f"{owner}.{name} has dtype {wanted[name].dtype}, the file {value.dtype}")
-
-
-def check_settings(cls: type, settings: dict[str, Any], wanted: set[str]) -> None:
-    """Whether plain constructor arguments are there, of the declared types, and no sizes out of all proportion.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    if set(settings) != wanted:
-        raise ValueError(f"{cls.__name__} has settings {sorted(wanted)}, the file {sorted(settings)}")
-    try:
-        hints = get_type_hints(cls.__init__)
-    except NameError:  # annotations that only exist for type checkers
-        hints = {}
-    for name, value in settings.items():
-        kinds = (
-            {kind for kind in (get_args(hints[name]) or (hints[name],)) if isinstance(kind, type)}
-            if name in hints
-            else set()
-        )
-        plain = kinds & {int, float, bool, str, type(None)}
-        if float in plain:
-            plain.add(int)
-        if plain and plain == kinds | (plain & {int}) and type(value) not in plain:
-            wanted_type = introspect.formatannotation(hints[name])
-            raise ValueError(f"{cls.__name__}: {name}={value!r} is not allowed; it must be {wanted_type}")
-        if type(value) is int and "seed" not in name and abs(value) >= 1 << 32:
-            raise ValueError(f"{cls.__name__}: {name}={value} is out of range")
-        if name == "dropout" and not (isinstance(value, (int, float)) and 0 <= value < 1):
-            raise ValueError(f"{cls.__name__}: dropout={value!r} is not allowed; it must be at least 0 and below 1")
-        if isinstance(value, dict) and cls.__name__ != "PerExpert" and not all(isinstance(key, str) for key in value):
-            raise ValueError(f"{cls.__name__}: {name} is not a mapping with text keys")

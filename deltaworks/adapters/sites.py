@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -98,12 +99,12 @@ def _shape(delta: Delta, wanted: tuple[int, ...]) -> tuple[int, ...]:
     try:
         with torch.device("meta"), torch.no_grad():
             return tuple(functional_call(change, unreal, (weight,)).shape)
-    except NotImplementedError:
-        pass  # an operation without a shape rule: the values decide
-    except RuntimeError as error:
-        if "meta" not in str(error).lower():
-            raise ValueError(
-                f"{type(delta).__name__} of these tensors does not fit a weight of shape {list(wanted)}: {error}"
-            ) from None
-    with torch.no_grad():
-        return tuple(change(None if additive else torch.zeros(wanted)).shape)
+    except Exception as error:
+        # Some operations have no rule for shapes alone. Then the values decide, if they cannot fill the memory.
+        if sum(value.numel() for value in unreal.values()) > 64 * prod(wanted) + (1 << 20):
+            raise ValueError(f"{type(delta).__name__} does not fit a weight of shape {list(wanted)}: {error}") from None
+    try:
+        with torch.no_grad():
+            return tuple(change(None if additive else torch.ones(wanted)).shape)
+    except Exception as error:
+        raise ValueError(f"{type(delta).__name__} does not fit a weight of shape {list(wanted)}: {error}") from None

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import warnings
 from importlib.metadata import PackageNotFoundError, version
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
-from ..core.attach import detach, find_state, install, tuned
-from ..core.part import Trained
+from ..core.attach import find_state, install, tuned
+from ..core.part import Delta, Trained
 from ..core.tuned import Tuned
-from . import native
-from .files import PICKLES, Replacement, inside, read_json, refuse, write_json
+from ..model.anatomy import describe
+from . import native, reading
+from .files import (
+    CONFIG,
+    OWN,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    PICKLES,
+    WEIGHTS,
+    Replacement,
+    inside,
+    read_json,
+    refuse,
+    write_json,
+)
 from .fingerprint import fingerprint, same
-from .weights import read_header, read_tensors, write_tensors
-
-PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-OWN = (native.CONFIG, native.WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PICKLE)
+from .weights import read_header, read_tensors, whole, write_tensors
 
 
 def library_version() -> str:
@@ -34,17 +46,19 @@ def save(
     path: str | Path,
     *,
     name: str | None = None,
-    format: Literal["deltaworks", "peft"] = "deltaworks",
+    format: Literal["deltaworks", "peft", "vllm"] = "deltaworks",
 ) -> Path:
     """Write one adapter of a model as a folder of one JSON and one safetensors file.
 
-    An adapter that is already there is replaced whole or, if anything fails, not at all; other files stay.
+    An adapter that is already there is replaced whole or, if anything fails, not at all; other files stay. A sharded
+    model is saved by all its processes together, of which the first writes.
 
     Args:
         model: the adapted model, or the handle `attach` gave.
         path: the folder.
         name: which adapter; the last one attached when there are several and none is named.
-        format: "deltaworks", or "peft" for the files of HF PEFT, which vLLM and others read too.
+        format: "deltaworks", "peft" for HF PEFT's files, or "vllm" for the plainest of those: a LoRA of one rank that
+            loses nothing (`adapters.export` takes a rank to approximate other changes with).
 
     Returns:
         The folder.
@@ -54,8 +68,12 @@ def save(
         OSError: when the folder cannot be written.
     """
     handle = model if isinstance(model, Tuned) and name is None else tuned(_model(model), name)
-    if format not in ("deltaworks", "peft"):
-        raise ValueError(f'there is no format {format!r}; take "deltaworks" or "peft"')
+    if format not in ("deltaworks", "peft", "vllm"):
+        raise ValueError(f'there is no format {format!r}; take "deltaworks", "peft" or "vllm"')
+    if format == "vllm":
+        from .vllm import export
+
+        return export(handle, path).path
     if format == "peft":
         from .peft import write
 
@@ -63,7 +81,12 @@ def save(
         names = (PEFT_CONFIG, PEFT_WEIGHTS)
     else:
         config, tensors = native.describe_adapter(handle.model, handle.name, library_version())
-        names = (native.CONFIG, native.WEIGHTS)
+        names = (CONFIG, WEIGHTS)
+    if any(hasattr(value, "full_tensor") for value in tensors.values()):
+        # Sharded: every process helps to gather, one writes.
+        tensors = {key: whole(value) for key, value in tensors.items()}
+        if torch.distributed.get_rank() != 0:
+            return Path(path)
     with Replacement(path, OWN) as folder:
         write_json(folder / names[0], config)
         write_tensors(folder / names[1], tensors)
@@ -93,21 +116,17 @@ def load(model: nn.Module, path: str | Path, *, name: str | None = None) -> Tune
         raise ValueError(f"{', '.join(state.board.merged)} is merged into the base; call dw.unmerge(model) first")
     folder = _folder(path)
     try:
-        plan = _verified(model, folder)
+        plan, doubt = _verified(model, folder)
     except (ValueError, OSError) as error:
         if str(folder) in str(error):
             raise
         refuse(folder, error)
     except Exception as error:  # whatever false content makes of code that expects sound one
         refuse(folder, f"cannot be read: {type(error).__name__}: {error}")
-    before = None if state is None else state.board.active
-    try:
-        return install(model, plan.method, plan.placed, plan.shared, name=name or "default")
-    except BaseException:
-        after = find_state(model)
-        if after is not None and before is None and (name or "default") in after.adapters:
-            detach(model, name or "default")
-        raise
+    handle = install(model, plan.method, plan.placed, plan.shared, name=name or "default")
+    if doubt:
+        warnings.warn(doubt, stacklevel=2)
+    return handle
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -123,13 +142,12 @@ def inspect(path: str | Path) -> dict[str, Any]:
     folder = _folder(path)
     kind = _format(folder)
     files = [
-        _file(folder, name)
-        for name in ((native.CONFIG, native.WEIGHTS) if kind == "deltaworks" else (PEFT_CONFIG, PEFT_WEIGHTS))
+        _file(folder, name) for name in ((CONFIG, WEIGHTS) if kind == "deltaworks" else (PEFT_CONFIG, PEFT_WEIGHTS))
     ]
     config, header = read_json(files[0]), read_header(files[1])
     about: dict[str, Any] = {"format": kind, "path": str(folder)}
     if kind == "deltaworks":
-        native.check_head(folder / native.CONFIG, config)
+        reading.check_head(folder / CONFIG, config)
         about |= {key: config.get(key) for key in ("method", "settings", "base", "library", "parts")}
     else:
         known = {key: config.get(key) for key in ("peft_type", "peft_version", "base_model_name_or_path")}
@@ -141,27 +159,20 @@ def inspect(path: str | Path) -> dict[str, Any]:
             "parts": [],
         }
     about["tensors"] = {name: f"{e.dtype} {'x'.join(map(str, e.shape)) or 'scalar'}" for name, e in header.items()}
-    about["values"] = sum(_numel(entry.shape) for entry in header.values())
+    about["values"] = sum(prod(entry.shape) for entry in header.values())
     about["bytes"] = sum(file.stat().st_size for file in files)
     return about
 
 
-def _verified(model: nn.Module, folder: Path) -> native.Plan:
+def _verified(model: nn.Module, folder: Path) -> tuple[reading.Plan, str | None]:
+    """The adapter in a folder, and what speaks against its belonging to this model."""
     if _format(folder) == "deltaworks":
-        config = read_json(_file(folder, native.CONFIG))
-        plan = native.Reader(model, folder, config, read_tensors(_file(folder, native.WEIGHTS))).plan()
-        _compare_bases(model, folder, config["base"], plan)
-        return plan
+        config = read_json(_file(folder, CONFIG))
+        plan = reading.Reader(model, folder, config, read_tensors(_file(folder, WEIGHTS))).plan()
+        return plan, _another_base(model, folder, config["base"], plan)
     from .peft import read
 
-    return read(model, folder, read_json(_file(folder, PEFT_CONFIG)), read_tensors(_file(folder, PEFT_WEIGHTS)))
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+    return read(model, folder, read_json(_file(folder, PEFT_CONFIG)), read_tensors(_file(folder, PEFT_WEIGHTS))), None
 
 
 def _model(model: nn.Module | Tuned) -> nn.Module:
@@ -178,12 +189,12 @@ def _folder(path: str | Path) -> Path:
 
 
 def _format(folder: Path) -> Literal["deltaworks", "peft"]:
-    if (folder / native.CONFIG).exists() or (folder / native.CONFIG).is_symlink():
+    if (folder / CONFIG).exists() or (folder / CONFIG).is_symlink():
         return "deltaworks"
     if (folder / PEFT_CONFIG).exists() or (folder / PEFT_CONFIG).is_symlink():
         return "peft"
     found = ", ".join(sorted(item.name for item in folder.iterdir())[:5]) or "nothing"
-    refuse(folder, f"holds no adapter: neither {native.CONFIG} nor {PEFT_CONFIG} (found: {found})")
+    refuse(folder, f"holds no adapter: neither {CONFIG} nor {PEFT_CONFIG} (found: {found})")
 
 
 def _file(folder: Path, name: str) -> Path:
@@ -199,20 +210,16 @@ def _file(folder: Path, name: str) -> Path:
     return file
 
 
-def _compare_bases(model: nn.Module, folder: Path, base: dict[str, Any], plan: native.Plan) -> None:
-    """Warn when the adapter was trained on other weights; refuse when its activations cannot fit."""
+def _another_base(model: nn.Module, folder: Path, base: dict[str, Any], plan: reading.Plan) -> str | None:
+    """A warning when the adapter was trained on other weights; an error when its activations cannot fit."""
     here = fingerprint(model)
     if same(here, base["fingerprint"]):
-        return
-    from ..core.part import Delta
-    from ..model.anatomy import describe
-
+        return None
     wide = describe(model).hidden_size
     loose = [item for item in plan.placed if not isinstance(item.part, (Delta, Trained))]
     if loose and base.get("hidden_size") != wide:
-        refuse(folder / native.CONFIG, f"was made for a base of width {base.get('hidden_size')}, this one has {wide}")
-    warnings.warn(
+        refuse(folder / CONFIG, f"was made for a base of width {base.get('hidden_size')}, this one has {wide}")
+    return (
         f"{folder}: this adapter was trained on other weights than those of the model "
-        f"({base.get('name') or base.get('class')}, fingerprint {base['fingerprint']}, here {here})",
-        stacklevel=4,
+        f"({base.get('name') or base.get('class')}, fingerprint {base['fingerprint']}, here {here})"
     )

@@ -36,6 +36,8 @@ METHODS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "scales": ("t5", dw.IA3(), {}),
     "activation modules": ("bert", dw.Houlsby(), {}),
     "a trained head beside": ("bert_classification", dw.LoRA(rank=2), {"also": "head"}),
+    "a soft prompt": ("t5", dw.PromptTuning(length=3), {}),
+    "prefixes made by an MLP": ("llama", dw.PrefixTuning(length=3, hidden=4), {}),
     "everything": ("gpt2", dw.Full(), {}),
     "by regular expression": ("mlp", dw.LoRA(rank=2, on="first|last"), {}),
 }
@@ -140,6 +142,28 @@ def test_saving_replaces_an_adapter_and_keeps_other_files(tmp_path: Path) -> Non
     assert sorted(os.listdir(folder)) == ["adapter.json", "adapter.safetensors", "notes", "report.html"]
     assert (folder / "notes" / "a.txt").read_text() == "mine"
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_saving_where_one_stands_keeps_the_folder_itself(tmp_path: Path, monkeypatch: Any) -> None:
+    model, _ = adapted("mlp", dw.LoRA(rank=2, on="first"))
+    dw.save(model, tmp_path, format="peft")
+    inode = tmp_path.stat().st_ino
+    monkeypatch.chdir(tmp_path)
+    dw.save(model, ".")
+    assert sorted(os.listdir(tmp_path)) == ["adapter.json", "adapter.safetensors"]
+    assert tmp_path.stat().st_ino == inode
+    dw.load(FAMILIES["mlp"]()[0], ".")
+
+
+def test_what_only_training_needed_is_not_kept(tmp_path: Path) -> None:
+    model, _ = adapted("llama", dw.PrefixTuning(length=2, hidden=4))
+    dw.save(model, tmp_path / "training")
+    tuned = dw.tuned(model)
+    rules = tuned.run(1)
+    rules.emit("finished")
+    dw.save(model, tmp_path / "finished")
+    assert any(name.startswith("@encoder.") for name in adapters.inspect(tmp_path / "training")["tensors"])
+    assert not any("@" in name for name in adapters.inspect(tmp_path / "finished")["tensors"])
 
 
 def test_a_failed_save_leaves_the_old_adapter_and_nothing_else(tmp_path: Path, monkeypatch: Any) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...core.tuned import Tuned
-from ..files import refuse
-from ..native import Plan
+from ..files import PEFT_CONFIG, refuse
+from ..reading import Plan
 from . import adalora, c3a, fourierft, ia3, layernorm, lora, prefixes, prompts, vera
 from .draft import Draft
 from .source import Source
@@ -31,7 +31,7 @@ def read(model: nn.Module, folder: Path, config: dict[str, Any], tensors: dict[s
     """
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in KINDS:
-        refuse(folder / "adapter_config.json", f"peft_type={kind!r} cannot be read; known are {', '.join(KINDS)}")
+        refuse(folder / PEFT_CONFIG, f"peft_type={kind!r} cannot be read; known are {', '.join(KINDS)}")
     return KINDS[kind].read(Source(model, folder, config, tensors))
 
 

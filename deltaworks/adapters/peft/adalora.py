@@ -10,7 +10,7 @@ from typing import Any
 
 from ...core.operators.triplet import Triplet
 from ...core.part import Part
-from ..native import Plan
+from ..reading import Plan
 from .draft import Draft, number
 from .lora import ELSEWHERE, HARMLESS
 from .source import Source, refuse

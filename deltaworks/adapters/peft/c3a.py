@@ -8,7 +8,7 @@ from typing import Any
 from ...core.operators.circulant import Circulant
 from ...core.part import Part
 from ...model.weights import Weight
-from ..native import Plan
+from ..reading import Plan
 from .draft import Draft
 from .source import Source, refuse
 from .targets import named, pattern_for, patterns

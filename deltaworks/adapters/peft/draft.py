@@ -133,7 +133,7 @@ class Draft:
                 }:
                     raise self.refuse(path, f"it is tied to {other}; PEFT would change one of them only")
             for name, value in module.state_dict().items():
-                if "deltaworks" not in name.split("."):
+                if "deltaworks" not in name.split(".") and value is not None:
                     self.put(f"{path}.{name}", self.values.get((path, name), value))
         return paths or None
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...core.operators.spectral import Spectral
 from ...core.part import Part
 from ...model.weights import Weight
-from ..native import Plan
+from ..reading import Plan
 from .draft import Draft
 from .source import Source, refuse
 from .targets import named, pattern_for, patterns

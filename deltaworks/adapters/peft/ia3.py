@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...core.operators.scaling import Scaling
 from ...core.part import Part
 from ...model.weights import CONVOLUTIONS, Weight
-from ..native import Plan
+from ..reading import Plan
 from .draft import Draft
 from .source import Source, refuse
 from .targets import named

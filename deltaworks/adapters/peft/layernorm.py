@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...core.part import Part
-from ..native import Plan
+from ..reading import Plan
 from ..sites import find_site
 from .draft import Draft
 from .source import Source

@@ -19,7 +19,7 @@ from ...core.operators.decomposed import Decomposed
 from ...core.operators.low_rank import Factored, LowRank
 from ...core.part import Delta, Part
 from ...model.weights import CONVOLUTIONS, Weight
-from ..native import Plan
+from ..reading import Plan
 from .draft import Draft, number
 from .source import Source, refuse
 from .targets import ends_with, modules, named, pattern_for, patterns

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...core.operators.prefix import EncodedPrefix, PrefixKV, ShiftedPositions
 from ...core.part import Part
 from ...model.anatomy import Anatomy, Block
-from ..native import Plan
+from ..reading import Plan
 from .draft import Draft
 from .source import Source, refuse
 

@@ -8,7 +8,7 @@ import torch
 
 from ...core.operators.soft_prompt import PromptedEncoder, SoftPrompt, TextRows
 from ...core.part import Part
-from ..native import Plan
+from ..reading import Plan
 from .draft import Draft
 from .source import Source, refuse
 

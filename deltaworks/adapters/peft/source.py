@@ -14,8 +14,8 @@ from ...core import registry
 from ...core.method import Method, Placed, label
 from ...core.part import Part, Shared, Trained
 from ...model.anatomy import describe
-from ..files import refuse
-from ..native import Plan
+from ..files import PEFT_CONFIG, PEFT_WEIGHTS, refuse
+from ..reading import Plan
 from ..sites import check_fit, find_site
 from .targets import Targets, ends_with, modules
 
@@ -37,7 +37,7 @@ class Source:
 
     def __init__(self, model: nn.Module, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.model, self.base = model, describe(model)
-        self.file, self.weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+        self.file, self.weights = folder / PEFT_CONFIG, folder / PEFT_WEIGHTS
         self.keys = {key: value for key, value in config.items() if key not in ABOUT}
         self.tensors = {_short(name): value for name, value in tensors.items()}
         self.placed: list[Placed] = []

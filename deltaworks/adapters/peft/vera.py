@@ -9,7 +9,7 @@ import torch
 from ...core.operators.scaled import RandomPair, ScaledRandom
 from ...core.part import Part
 from ...model.weights import Weight
-from ..native import Plan
+from ..reading import Plan
 from .draft import Draft
 from .source import Source, refuse
 from .targets import named
