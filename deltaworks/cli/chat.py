@@ -32,7 +32,7 @@ def command(
 
     folders = adapter or []
     if base is None:
-        base = adapters.inspect(folders[0]).get("base_name") if folders else None
+        base = (adapters.inspect(folders[0])["base"] or {}).get("name") if folders else None
         if not base:
             raise ValueError("give a base with --base, or an adapter that names its own")
     model, tokenizer = open_base(base, "causal-lm", dtype, quantize)

@@ -35,7 +35,7 @@ def open_tuned(
     from .. import adapters
 
     if base is None:
-        base = adapters.inspect(adapter).get("base_name")
+        base = (adapters.inspect(adapter)["base"] or {}).get("name")
         if not base:
             raise ValueError(f"{adapter} does not name its base; give it with --base")
     model, tokenizer = open_base(base, task, dtype, quantize)

@@ -105,7 +105,7 @@ def tune(recipe: Recipe, *, resume: bool = False, progress: Progress | None = No
     assert recipe.output is not None
     output = Path(recipe.output)
     main = int(os.environ.get("RANK", "0")) == 0
-    if _begin(recipe, output, resume=resume, main=main):
+    if _finished(recipe, output, resume=resume):
         tell("done", output=output)
         return Result(output, json.loads((output / "metrics.json").read_text(encoding="utf-8")), finished_before=True)
 
@@ -129,6 +129,10 @@ def tune(recipe: Recipe, *, resume: bool = False, progress: Progress | None = No
     tuned = _attached(model, prepared, device, recipe)
     summary = tuned.summary()
     tell("adapter", method=recipe.method, trainable=summary.trainable, share=summary.share)
+    # Only now: a recipe that does not fit its base and data leaves no folder behind.
+    if main:
+        output.mkdir(parents=True, exist_ok=True)
+        _write(output / "recipe.yaml", recipe.text())
 
     def look() -> dict[str, Any]:
         return {
@@ -201,8 +205,8 @@ def tune(recipe: Recipe, *, resume: bool = False, progress: Progress | None = No
 # The output folder
 
 
-def _begin(recipe: Recipe, output: Path, *, resume: bool, main: bool) -> bool:
-    """Make or check the output folder; True when there is a finished run in it.
+def _finished(recipe: Recipe, output: Path, *, resume: bool) -> bool:
+    """Look at the output folder; True when there is a finished run in it.
 
     Raises:
         ValueError: when it holds something that must not be overwritten, or the run of another recipe.
@@ -221,9 +225,6 @@ def _begin(recipe: Recipe, output: Path, *, resume: bool, main: bool) -> bool:
             raise ValueError(f"{written} has {key}={was!r}, this recipe {now!r}; a run is resumed as it began")
         if (output / "metrics.json").is_file():
             return True
-    if main:
-        output.mkdir(parents=True, exist_ok=True)
-        _write(written, recipe.text())
     return False
 
 

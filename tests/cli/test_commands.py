@@ -51,7 +51,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     file = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    file.write_text("".join(json.dumps({"prompt": f"say {i}", "completion": f"number {i}"}) + "\n" for i in range(24)))
+    file.write_text("".join(json.dumps({"prompt": f"say {i}", "completion": f"number {i}"}) + "\n" for i in range(40)))
     return file
 
 

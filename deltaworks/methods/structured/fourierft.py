@@ -48,7 +48,12 @@ class FourierFT(WeightMethod):
 
 @lru_cache(maxsize=64)
 def chosen(fan_out: int, fan_in: int, n: int, seed: int, center: float | None, width: float) -> Tensor:
-    """Positions `j * in + k` of `n` different entries, drawn on the CPU."""
+    """Positions `j * in + k` of `n` different entries, drawn on the CPU whatever the default device."""
+    with torch.device("cpu"):
+        return _drawn(fan_out, fan_in, n, seed, center, width)
+
+
+def _drawn(fan_out: int, fan_in: int, n: int, seed: int, center: float | None, width: float) -> Tensor:
     generator = torch.Generator("cpu").manual_seed(seed)
     if center is None:
         return torch.randperm(fan_out * fan_in, generator=generator)[:n].clone()
