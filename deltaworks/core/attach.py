@@ -18,8 +18,8 @@ from torch import nn
 from ..model.anatomy import Anatomy, Site, describe
 from ..model.kinds import GRAFT
 from ..model.weights import Weight, is_quantised, keep_differentiable
-from .graft import Graft, Switchboard, graft, graft_of, ungraft
-from .method import Batches, Method, Placed, label
+from .graft import Switchboard, graft, graft_of, ungraft
+from .method import Batches, Method, Placed, weight_at
 from .part import Delta, Part, Shared, Trained
 
 if TYPE_CHECKING:
@@ -163,6 +163,8 @@ def install(
         module = model.get_submodule(item.site.path)
         _home(item.part, model, item.site)
         item.part.site = item.site
+        if isinstance(item.part, Delta) and item.site.parameter:
+            item.part.settle(weight_at(model, item.site))
         uncalled = [item.site.parameter] if not item.site.called and item.site.parameter else []
         graft(module, state.board, uncalled).add(name, item.label, item.part)
         item.part.train(module.training)

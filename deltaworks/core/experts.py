@@ -7,13 +7,16 @@ mapped over the stack, so no page knows that experts exist.
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from .part import PARTS, Delta, Part
+
+if TYPE_CHECKING:
+    from ..model.weights import Weight
 
 
 class PerExpert(Delta):
@@ -45,7 +48,7 @@ class PerExpert(Delta):
             self.register_parameter(name.replace(".", "__"), nn.Parameter(stacked, requires_grad=value.requires_grad))
         for name, _ in first.named_buffers():
             if not name.startswith(lent):
-                self.register_buffer(name.replace(".", "__"), torch.stack([delta.get_buffer(name) for delta in deltas]))
+                self._stack(name, deltas, persistent=name in first.state_dict())
 
     @classmethod
     def remade(cls, settings: dict[str, Any], tensors: dict[str, Tensor], shared: dict[str, nn.Module]) -> Part:
@@ -67,6 +70,22 @@ class PerExpert(Delta):
         own = {name.replace("__", "."): value.clone() for name, value in self.tensors().items()}
         made = [PARTS[self.kind].remade(self.inner, {n: v[i] for n, v in own.items()}, lent) for i in range(self.count)]
         return [delta for delta in made if isinstance(delta, Delta)]
+
+    def _stack(self, name: str, deltas: list[Delta], persistent: bool) -> None:
+        stacked = torch.stack([delta.get_buffer(name) for delta in deltas])
+        self.register_buffer(name.replace(".", "__"), stacked, persistent=persistent)
+
+    def settle(self, weight: Weight) -> None:
+        if type(self.prototype).settle is Delta.settle:
+            return
+        from .method import experts_of
+
+        deltas = self.each()
+        for delta, own in zip(deltas, experts_of(weight), strict=True):
+            delta.settle(own)
+        for name in {name for name, _ in deltas[0].named_buffers()} - set(deltas[0].state_dict()):
+            if name.partition(".")[0] not in self.borrowed and name.replace(".", "__") not in self._buffers:
+                self._stack(name, deltas, persistent=False)
 
     def _own(self) -> dict[str, Tensor]:
         own: dict[str, Any] = {**self._parameters, **self._buffers}

@@ -109,6 +109,9 @@ class Delta(Part):
         change = self.dense()
         return (weight.to(torch.promote_types(weight.dtype, change.dtype)) + change).to(weight.dtype)
 
+    def settle(self, weight: Weight) -> None:
+        """Make constants from the base's weight, once, when the delta comes to its place; no file holds them."""
+
     def fold_bias(self, bias: Tensor | None) -> Tensor | None:
         """The changed bias."""
         return bias
