@@ -38,9 +38,9 @@ def architecture() -> LlamaConfig:
 
 
 def write_sample(model: Any, entries: PreTrainedTokenizerFast, seed: int) -> str:
-    """What the base writes after the beginning of a class: one sample, the first, not the best."""
+    """What the base goes on to write after the first line of a class: one sample, the first, not the best."""
     torch.manual_seed(seed)
-    prompt = entries('class Stack:\n    """A last-in, first-out stack."""\n\n    def ', return_tensors="pt")
+    prompt = entries('class Stack:\n    """A last-in, first-out stack."""\n\n    def', return_tensors="pt")
     written = model.generate(**prompt, max_new_tokens=200, do_sample=True, temperature=0.7, top_p=0.9)
     return str(entries.decode(written[0], skip_special_tokens=True))
 
@@ -59,7 +59,8 @@ tags: [code, python]
 
 A Llama of {facts["parameters"] / 1e6:.2f} million parameters (6 layers, width 256, 4 heads on 2 key-value heads, tied
 embeddings, 512 positions) that has read the Python standard library. It is the base on which Deltaworks' demo, tests
-and comparisons train. It writes plausible Python; it is no assistant, and what it writes need not be true or run.
+and comparisons train. It writes Python that looks right and often parses; what it writes means little, it repeats
+itself, and it is no assistant.
 
 | | |
 |---|---|
@@ -67,7 +68,8 @@ and comparisons train. It writes plausible Python; it is no assistant, and what 
 `help()`, without tests and character tables: {facts["documents"]} documents, {facts["bytes"] / 1e6:.1f} MB, \
 {facts["tokens"] / 1e6:.2f} million tokens |
 | tokenizer | byte-level BPE with 4096 entries, learnt from the same text; chat roles are in it, untrained |
-| training | {" + ".join(str(run["steps"]) for run in runs)} steps of {runs[-1]["batch"]} windows of 512 tokens, \
+| training | {" + ".join(str(run["steps"]) for run in runs)} steps of {runs[-1]["batch"]} windows of 512 tokens \
+(each run from the last one's weights), \
 {facts["tokens_seen"] / 1e6:.1f} million tokens seen, {facts["tokens_seen"] / facts["tokens"]:.1f} passes; Muon and \
 AdamW, peak rate {runs[-1]["rate"]}, {sum(run["minutes"] for run in runs):.0f} minutes on at most two CPU cores |
 | held out | **{facts["held_out_bits_per_byte"]:.3f} bits per byte** on {facts["held_out_documents"]} documents \

@@ -29,8 +29,10 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def held_out(count: int, characters: int) -> list[str]:
-    documents = [document for document in corpus.documents("validation") if len(document.text) > characters]
-    return [document.text[:characters] for document in documents[:: len(documents) // count][:count]]
+    """Pieces of the held-out text at equal distances."""
+    whole = "".join(document.text for document in corpus.documents("validation"))
+    distance = len(whole) // count
+    return [whole[start : start + characters] for start in range(0, distance * count, distance)]
 
 
 def test_the_decoder_fits_its_promise(decoder):
@@ -70,10 +72,10 @@ def test_held_out_bits_per_byte_are_what_the_card_says(decoder):
     card = (nursery.base_path("decoder") / "README.md").read_text()
     claimed = float(re.search(r"([\d.]+) bits per byte", card)[1])
     texts = held_out(16, 4000)
-    ids = [tokenizer(text)["input_ids"] for text in texts]
+    ids = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
     size = sum(len(text.encode()) for text in texts)
     measured = bits_per_byte(model, ids, size)
-    assert measured == pytest.approx(claimed, rel=0.15)  # a sample of the held-out text, and perhaps another Python
+    assert measured == pytest.approx(claimed, rel=0.1)  # a sample of the held-out text, and perhaps another Python
 
     counts = torch.bincount(torch.tensor([token for row in ids for token in row[1:]]), minlength=4096).float()
     unigram = float(torch.special.entr(counts / counts.sum()).sum()) * float(counts.sum()) / math.log(2) / size
