@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,13 +32,17 @@ def command(
         raise ValueError("--rank only makes sense with --format vllm")
     fresh_folder(output)
     _, _, tuned = open_tuned(adapter, base, task)
-    report = {"output": str(output), "format": format}
+    report: dict[str, Any] = {"output": str(output), "format": format}
     if format == "vllm":
-        report |= adapters.export_vllm(tuned, output, rank=rank)
+        made = adapters.export(tuned, output, rank=rank)
+        report |= {"rank": made.rank, "error": made.error, "errors": made.errors, "broken": made.broken}
     else:
-        adapters.save(tuned, output, format=format)
+        adapters.save(tuned, output, format=format)  # type: ignore[arg-type]
     if as_json:
         print(json.dumps(report, default=str))
-    else:
-        error = f", largest relative error {report['error']:.2e}" if "error" in report else ""
-        print(f"{format} adapter in {output}{error}")
+        return
+    print(f"{format} adapter in {output}")
+    if format == "vllm":
+        print(f"rank {report['rank']}, {100 * report['error']:.3g} % of the change lost")
+        for rule in report["broken"]:
+            print(f"vLLM would refuse it: {rule}")

@@ -118,6 +118,7 @@ class Recipe:
         fields.checked(self)
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"recipe: steps={self.steps} and epochs={self.epochs:g} are both given; give one")
+        object.__setattr__(self, "settings", fields.parse(find(self.method), self.settings))
         self.made()
 
     def made(self) -> Method:
