@@ -125,6 +125,14 @@ def test_all_train_again_when_it_is_finished() -> None:
     assert trained(model) == set(range(BLOCKS))
 
 
+def test_dropping_state_takes_an_optimizer() -> None:
+    _, _, tuned = deep(layers=1)
+    rules = tuned.run(1)
+    rules.emit("attached")
+    with pytest.raises(ValueError, match="give the optimizer"):
+        rules.emit("step_begin")
+
+
 def test_more_blocks_than_there_are_is_refused() -> None:
     with pytest.raises(ValueError, match=r"layers=5 .* has 4; give at most that many"):
         deep(layers=5)

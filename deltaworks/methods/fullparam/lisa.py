@@ -76,6 +76,8 @@ class LayerSampling(Rule):
                 parameter.requires_grad_(True)
 
     def _switch(self, run: Run) -> None:
+        if not self.keep and run.optimizer is None:
+            raise ValueError("lisa drops optimizer state; give the optimizer (tuned.run(optimizer=...)) or state='keep'")
         for index, parameters in self._parameters(run).items():
             for parameter in parameters:
                 parameter.requires_grad_(index in self.active)
