@@ -137,15 +137,16 @@ class LowRank(Factored):
     """`dW = scale * (B A - B0 A0)`.
 
     `b0`, `a0` are frozen and present only for methods that start from part of the weight itself (PiSSA, OLoRA,
-    LoRA-GA): instead of moving the base to a residual, the start is subtracted. The base stays untouched, so detaching,
-    stacking, switching and quantised bases need nothing special, and the result is an ordinary LoRA of rank `2 r`.
+    LoRA-GA) or go on from finished factors (COLA): instead of moving the base to a residual, the start is subtracted.
+    The base stays untouched, so detaching, stacking, switching and quantised bases need nothing special, and the result
+    is an ordinary LoRA, of rank `2 r` for a start of rank `r`.
 
     Args:
         a: `rank x in`.
         b: `out x rank`.
         scale: multiplies the product.
         dropout: probability of zeroing an input feature of the branch in training.
-        a0, b0: the start that is subtracted, shapes of `a` and `b`.
+        a0, b0: what is subtracted, of any rank.
         train_a, train_b: whether a factor receives gradients.
     """
 
@@ -174,7 +175,7 @@ class LowRank(Factored):
 
     @property
     def rank(self) -> int:
-        return self.a.shape[0] if self.a0 is None else 2 * self.a.shape[0]
+        return self.a.shape[0] + (0 if self.a0 is None else self.a0.shape[0])
 
     def factors(self) -> tuple[Tensor, Tensor]:
         if self.a0 is None or self.b0 is None:
