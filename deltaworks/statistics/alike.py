@@ -15,8 +15,8 @@ from .running import Batch, moved, untouched
 def same_inputs(model: nn.Module, paths: Sequence[str], batch: Batch) -> dict[str, str]:
     """For each module, by dotted name, the first of `paths` that reads the very same values on one batch.
 
-    Queries, keys and values read one tensor, and so do the gate and the up-projection of a feed-forward part. Values are
-    compared by a digest; none is kept.
+    Queries, keys and values read one tensor, and so do the gate and the up-projection of a feed-forward part. Values
+    are compared by a digest; none is kept.
     """
     seen: dict[bytes, str] = {}
     found: dict[str, str] = {}

@@ -14,7 +14,7 @@ ON = ["attention.query", "attention.key", "attention.value", "mlp.down"]
 
 
 def data(count: int = 3) -> tuple[nn.Module, list[dict]]:
-    model, batch = FAMILIES["llama"]()
+    model, _ = FAMILIES["llama"]()
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(3, 64, (4, 24), generator=generator) for _ in range(count)]
     return model, [{"input_ids": one, "attention_mask": torch.ones_like(one), "labels": one} for one in ids]
@@ -82,8 +82,9 @@ def test_hidden_tokens_and_tokens_without_labels_do_not_count() -> None:
     short = {key: value[:, :12] for key, value in batch.items()}
     masked = {**batch, "labels": torch.where(torch.arange(24) < 12, batch["labels"], -100)}
     path = ["model.layers.0.self_attn.q_proj"]
-    (_, few), (_, wanted) = next(second_moments(model, path, [masked], answers=True)), next(
-        second_moments(model, path, [short])
+    (_, few), (_, wanted) = (
+        next(second_moments(model, path, [masked], answers=True)),
+        next(second_moments(model, path, [short])),
     )
     assert few.count == wanted.count == 48
     assert torch.allclose(few.products, wanted.products, rtol=1e-5)

@@ -37,7 +37,11 @@ def test_the_factors_are_orthonormal_up_to_c_and_take_the_named_singular_vectors
     assert torch.allclose(part.a @ part.a.T, squared * torch.eye(3).double(), atol=1e-5)
     assert torch.allclose(part.b.T @ part.b, squared * torch.eye(3).double(), atol=1e-5)
     u, _, vh = torch.linalg.svd(g)
-    first = {"ArB2r": (range(3), range(3, 6)), "A2rBr": (range(3, 6), range(3)), "ArBr": (range(1, 6, 2), range(0, 6, 2))}
+    first = {
+        "ArB2r": (range(3), range(3, 6)),
+        "A2rBr": (range(3, 6), range(3)),
+        "ArBr": (range(1, 6, 2), range(0, 6, 2)),
+    }
     if direction != "random":
         for_a, for_b = (list(index) for index in first[direction])
         assert (torch.linalg.svdvals(part.a @ vh[for_a].T) / squared**0.5 - 1).abs().max() < 1e-3

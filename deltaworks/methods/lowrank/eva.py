@@ -1,6 +1,6 @@
 """EVA: one initialization to rule them all, explained variance adaptation (Paischer et al. 2024, arXiv:2410.07170).
 
-W' = W + s B A,  A = the first r_l principal directions of what layer l reads,  B = 0,  s = alpha / rank for every layer.
+W' = W + s B A,  A = the first r_l principal directions of what layer l reads,  B = 0,  s = alpha / rank at every layer.
 The ranks r_l share a budget of `rank` a layer: all directions of all layers compete by the share of their layer's
 variance that they explain, at most `rho * rank` a layer; a layer that gets none stays as it is.
 `peft` and the official code approach the directions batch by batch until they stand still; here the covariance over all
@@ -58,7 +58,9 @@ class EVA(Method):
         sites = list(base.select(self.on, what="weight"))
         for site in sites:
             if site.kind != "linear" or site.parameter != "weight" or not site.called:
-                raise ValueError(f"eva cannot see what {site.name} reads; leave it out of on=, which takes linear layers")
+                raise ValueError(
+                    f"eva cannot see what {site.name} reads; leave it out of on=, which takes linear layers"
+                )
         batches = list(batches)
         if not batches:
             raise ValueError("eva was given no batch, so there is nothing to measure")

@@ -1,11 +1,11 @@
 """LoRA-GA: low-rank adaptation with gradient approximation (Wang et al. 2024, arXiv:2407.05000).
 
-W' = W + s (B A - B0 A0),  s = alpha / sqrt(rank),  G = U S V^T the gradient of the loss by W, averaged over a few batches;
-A0 = c V_1..r^T,  B0 = c U_r+1..2r,  c = out^(1/4) / sqrt(gamma): the first step of both factors then moves W along the best
-rank-2r approximation of G. The start is subtracted beside the untouched base, as for PiSSA.
-Both factors are orthonormal up to c, as in the official code; `peft` multiplies B by the singular values of G, so that its
-start depends on the scale of the loss. Gradients are taken without dropout; those of quantised layers come from what
-they read and what comes back.
+W' = W + s (B A - B0 A0),  s = alpha / sqrt(rank),  G = U S V^T the gradient of the loss by W, averaged over batches;
+A0 = c V_1..r^T,  B0 = c U_r+1..2r,  c = out^(1/4) / sqrt(gamma): the first step of both factors then moves W along the
+best rank-2r approximation of G. The start is subtracted beside the untouched base, as for PiSSA.
+Both factors are orthonormal up to c, as in the official code; `peft` multiplies B by the singular values of G, so that
+its start depends on the scale of the loss. Gradients are taken without dropout; those of quantised layers come from
+what they read and what comes back.
 Use it when steps are scarce and a few labelled batches are at hand.
 """
 
@@ -36,9 +36,11 @@ class LoRAGA(WeightMethod):
     rank: int = fields.positive(8, "inner dimension r; at most half of the layer's smaller width is used")
     alpha: float = fields.number(16.0, "numerator of the scale alpha / sqrt(rank)", above=0)
     dropout: float = fields.fraction(0.0, "probability of dropping an input feature of the branch")
-    gamma: float = fields.number(16.0, "stability of the start, larger is smaller factors; the published runs take 64", above=0)
+    gamma: float = fields.number(16.0, "stability: larger is a smaller start; the published runs take 64", above=0)
     direction: str = fields.choice("ArB2r", DIRECTIONS, "singular vectors taken: A the first r and B the next r, ...")
-    size: str = fields.choice("stable", ("stable", "unit", "gd", "weight"), "c: as above, 1, 1/s, by W's singular values")
+    size: str = fields.choice(
+        "stable", ("stable", "unit", "gd", "weight"), "c: as above, 1, 1 / s, or from W's singular values"
+    )
 
     def measure(self, base: Anatomy, batches: Batches) -> dict[Site, Tensor]:
         sites = list(base.select(self.on, what="weight"))
