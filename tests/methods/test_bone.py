@@ -80,6 +80,29 @@ def test_miss_repeats_its_pattern_and_is_lora_with_tiled_identities(fan_out: int
     assert torch.autograd.gradcheck(lambda x, d: delta.side(x), (x, delta.d))
 
 
+@pytest.mark.parametrize("settings", [{}, {"mini": 2}, {"dropout": 0.5}, {"rank": 4}])
+def test_miss_beside_the_base_is_miss_in_the_weight(settings: dict) -> None:
+    model, x = net(13, 8, 6)
+    tuned = attach(model, dw.MiSS, **({"rank": 5} | settings))
+    nudge(tuned)
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(x), _dense(model, tuned, x))
+    model.train()
+
+    def call(*inputs: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        return model(inputs[0])
+
+    assert torch.autograd.gradcheck(call, (x.requires_grad_(), *tuned.parameters()))
+
+
+def _dense(model: nn.Module, tuned: dw.Tuned, x: torch.Tensor) -> torch.Tensor:
+    first, second = (delta.dense() for delta in tuned.parts())
+    with dw.disable(model):
+        hidden = torch.tanh(model.first(x) + x @ first.T)
+        return model.second(hidden) + hidden @ second.T
+
+
 def test_miss_starts_unchanged_with_a_gradient_everywhere() -> None:
     model, x = net()
     base = model(x)

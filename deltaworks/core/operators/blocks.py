@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ...model.weights import Weight
 from ..part import Delta
-from .low_rank import kept
+from .low_rank import base_product, branch_input, kept, plain
 
 
 class Tiled(Delta):
@@ -43,14 +44,61 @@ class Tiled(Delta):
         return True
 
     def side(self, x: Tensor) -> Tensor:
-        r, m = self.d.shape
         survive, scale = kept(self, x)
-        x = x if survive is None else x * survive
-        blocks = -(-self.fan_in // r)
-        sums = nn.functional.pad(x, (0, blocks * r - self.fan_in)).unflatten(-1, (blocks, r)).sum(-2)
-        y = sums @ self.d.to(x.dtype)
-        y = y if scale == 1.0 else y * scale
-        return y.repeat(*[1] * (y.dim() - 1), self.fan_out // m)
+        sums = _sums(x if survive is None else x * survive, len(self.d))
+        y = (sums if scale == 1.0 else sums * scale) @ self.d.to(x.dtype)
+        repeats = self.fan_out // self.d.shape[1]
+        return y if repeats == 1 else y.repeat(*[1] * (y.dim() - 1), repeats)
+
+    def with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        if not plain(self, x) or weight.dtype != x.dtype:
+            return None
+        survive, scale = kept(self, x)
+        return _TiledLinear.apply(x, weight, bias, self.d, scale, survive)  # type: ignore[return-value]
+
+
+def _sums(x: Tensor, r: int) -> Tensor:
+    """Input features that are r apart, added up: `... x r`."""
+    missing = -x.shape[-1] % r
+    x = nn.functional.pad(x, (0, missing)) if missing else x
+    return x.unflatten(-1, (-1, r)).sum(-2)
+
+
+class _TiledLinear(torch.autograd.Function):
+    """`x W^T + bias + scale (sums of kept x) [D D ... D]`, W and bias frozen; keeps the sums."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, scale: float, survive: Tensor | None
+    ) -> Tensor:
+        sums = _sums(branch_input(x, survive), len(d))
+        y, rows = base_product(x, weight, bias)
+        if rows.shape[-1] == d.shape[1]:
+            rows.addmm_(sums, d.to(x.dtype), alpha=scale)
+        else:
+            rows.unflatten(-1, (-1, d.shape[1])).add_((sums @ d.to(x.dtype)).unsqueeze(1), alpha=scale)
+        ctx.scale = scale
+        ctx.save_for_backward(sums, weight, d, survive if ctx.needs_input_grad[0] else None)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        sums, weight, d, survive = ctx.saved_tensors
+        g = gradients[0].reshape(-1, gradients[0].shape[-1])
+        tiled = g if g.shape[-1] == d.shape[1] else g.unflatten(-1, (-1, d.shape[1])).sum(1)
+        dd = (sums.T @ tiled).mul_(ctx.scale).to(d.dtype)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, dd, None, None
+        dx = g @ weight
+        branch = (tiled @ d.to(g.dtype).T).mul_(ctx.scale)
+        r, whole = len(d), dx.shape[-1] - dx.shape[-1] % len(d)
+        if survive is not None:
+            dx.addcmul_(branch.repeat(1, -(-dx.shape[-1] // r))[:, : dx.shape[-1]], survive.view_as(dx).to(g.dtype))
+        else:
+            dx[:, :whole].unflatten(-1, (-1, r)).add_(branch.unsqueeze(1))
+            dx[:, whole:].add_(branch[:, : dx.shape[-1] - whole])
+        return dx.view(*gradients[0].shape[:-1], -1), None, None, dd, None, None
 
 
 class BlockAffine(Delta):
