@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect as introspect
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..core import registry
 from ..core.method import Method, Placed
-from ..core.part import PARTS, Part, Shared, Trained
+from ..core.part import PARTS, Delta, Module, Part, Shared, Trained, Wrapper
 from ..model.anatomy import Site, describe
 from ..model.weights import Weight
 from .files import CONFIG, WEIGHTS, refuse
@@ -126,7 +127,7 @@ class Reader:
         parameter = self.of_kind(item, "parameter", (str, type(None)))
         part_name = self.of_kind(item, "part", (str, type(None)))
         cls = PARTS.get(kind)
-        if cls is None:
+        if cls is None or cls in (Part, Delta, Module, Wrapper):
             refuse(self.file, f"{path!r} has a part of the unknown kind {kind!r}")
         if not label.isidentifier() or hasattr(nn.Module(), label):
             refuse(self.file, f"a part at {path!r} cannot be called {label!r}")
@@ -227,10 +228,7 @@ def check_settings(cls: type, settings: dict[str, Any], wanted: set[str]) -> Non
     """
     if set(settings) != wanted:
         raise ValueError(f"{cls.__name__} has settings {sorted(wanted)}, the file {sorted(settings)}")
-    try:
-        hints = get_type_hints(cls.__init__)
-    except NameError:  # annotations that only exist for type checkers
-        hints = {}
+    hints = _hints(cls)
     for name, value in settings.items():
         kinds = (
             {kind for kind in (get_args(hints[name]) or (hints[name],)) if isinstance(kind, type)}
@@ -249,3 +247,11 @@ def check_settings(cls: type, settings: dict[str, Any], wanted: set[str]) -> Non
             raise ValueError(f"{cls.__name__}: dropout={value!r} is not allowed; it must be at least 0 and below 1")
         if isinstance(value, dict) and cls.__name__ != "PerExpert" and not all(isinstance(key, str) for key in value):
             raise ValueError(f"{cls.__name__}: {name} is not a mapping with text keys")
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    try:
+        return get_type_hints(cls.__init__)
+    except NameError:  # annotations that only exist for type checkers
+        return {}

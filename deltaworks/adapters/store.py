@@ -166,13 +166,16 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 def _verified(model: nn.Module, folder: Path) -> tuple[reading.Plan, str | None]:
     """The adapter in a folder, and what speaks against its belonging to this model."""
+    # No adapter is much larger than its base; small bases may have relatively large ones.
+    limit = 4 * sum(value.numel() * value.element_size() for value in model.parameters()) + (1 << 28)
     if _format(folder) == "deltaworks":
         config = read_json(_file(folder, CONFIG))
-        plan = reading.Reader(model, folder, config, read_tensors(_file(folder, WEIGHTS))).plan()
+        plan = reading.Reader(model, folder, config, read_tensors(_file(folder, WEIGHTS), limit)).plan()
         return plan, _another_base(model, folder, config["base"], plan)
     from .peft import read
 
-    return read(model, folder, read_json(_file(folder, PEFT_CONFIG)), read_tensors(_file(folder, PEFT_WEIGHTS))), None
+    config = read_json(_file(folder, PEFT_CONFIG))
+    return read(model, folder, config, read_tensors(_file(folder, PEFT_WEIGHTS), limit)), None
 
 
 def _model(model: nn.Module | Tuned) -> nn.Module:

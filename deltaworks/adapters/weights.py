@@ -58,14 +58,20 @@ def read_header(file: Path) -> dict[str, Entry]:
         return _header(file, stream)
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path, limit: int) -> dict[str, Tensor]:
     """All tensors of a safetensors file, each in memory of its own.
 
+    Args:
+        file: the file.
+        limit: bytes of values that are read at most.
+
     Raises:
-        ValueError: for a damaged file, and for values that are not finite.
+        ValueError: for a damaged file, for one that is too large, and for values that are not finite.
     """
     with file.open("rb") as stream:
         entries = _header(file, stream)
+        if (size := max((entry.end for entry in entries.values()), default=0)) > limit:
+            refuse(file, f"has {size:,} bytes of values; an adapter of this model can have {limit:,}")
         start = stream.tell()
         tensors = {}
         for name, entry in sorted(entries.items(), key=lambda item: item[1].begin):

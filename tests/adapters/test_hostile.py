@@ -186,6 +186,10 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no parts": (_json(lambda c: c.update(parts=[])), "no parts"),
     "parts that are no list": (_json(lambda c: c.update(parts={})), "'parts'"),
     "an unknown part": (_json(lambda c: c["parts"][0].update(kind="os.system")), "unknown kind"),
+    "a part that is none": (
+        _json(lambda c: c["parts"][0].update(kind="Wrapper", tensors={}, settings={})),
+        "unknown kind",
+    ),
     "an unknown module": (_json(lambda c: c["parts"][0].update(path="third")), "no tensor|no module"),
     "a part in a part": (_json(lambda c: c["parts"][0].update(path="first.deltaworks")), "no tensor|not a module"),
     "an unknown parameter": (_json(lambda c: c["parts"][0].update(parameter="scale")), "no parameter"),
@@ -230,6 +234,26 @@ def test_a_shared_basis_cannot_be_announced_beyond_all_proportion(tmp_path: Path
     dw.save(model, tmp_path)
     _json(lambda c: c["shared"]["pair"]["settings"].update(rank=1 << 30))(tmp_path)
     assert "would take" in refused(FAMILIES["mlp"]()[0], tmp_path)
+
+
+def test_more_values_than_any_adapter_has_are_not_read(folder: Path, base: nn.Module) -> None:
+    size = 1 << 40
+    text = json.dumps({"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    with (folder / WEIGHTS).open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.truncate(8 + len(text) + size)  # a hole, which takes no room on the disk
+    assert "can have" in refused(base, folder)
+
+
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern"])
+def test_a_pattern_made_to_search_for_ever_is_given_up(key: str, tmp_path: Path) -> None:
+    model, _ = adapted("llama", dw.LoRA(rank=2, on="attention.query"))
+    dw.save(model, tmp_path, format="peft")
+    file = tmp_path / "adapter_config.json"
+    pattern = r"(?:(?:[\w.]?){60}){60}[!?]"
+    config = json.loads(file.read_text()) | {key: {pattern: 2} if key == "rank_pattern" else pattern}
+    file.write_text(json.dumps(config))
+    assert "timed out" in refused(FAMILIES["llama"]()[0], tmp_path)
 
 
 def test_a_folder_that_is_not_one(tmp_path: Path, base: nn.Module) -> None:

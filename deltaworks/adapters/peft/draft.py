@@ -133,8 +133,9 @@ class Draft:
                 }:
                     raise self.refuse(path, f"it is tied to {other}; PEFT would change one of them only")
             for name, value in module.state_dict().items():
-                if "deltaworks" not in name.split(".") and value is not None:
-                    self.put(f"{path}.{name}", self.values.get((path, name), value))
+                if "deltaworks" not in name.split("."):
+                    own = self.values.get((path, name))
+                    self.put(f"{path}.{name}", value if own is None else own)
         return paths or None
 
     def conv1d(self, paths: list[str]) -> bool:

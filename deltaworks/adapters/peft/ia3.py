@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import regex
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from ...model.weights import CONVOLUTIONS, Weight
 from ..reading import Plan
 from .draft import Draft
 from .source import Source, refuse
-from .targets import named
+from .targets import matches, named
 
 KIND = "IA3"
 
@@ -50,12 +51,10 @@ def read(source: Source) -> Plan:
 
 
 def _named(source: Source, path: str, names: list[Any] | str) -> bool:
-    import re
-
     if isinstance(names, str):
         try:
-            return re.fullmatch(names, path) is not None
-        except re.error as error:
+            return matches(names, path)
+        except regex.error as error:
             refuse(source.file, f"feedforward_modules={names!r} is not a regular expression: {error}")
     return any(isinstance(name, str) and path.endswith(name) for name in names)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
+import regex
 import torch
 from torch import Tensor, nn
 
@@ -86,7 +86,7 @@ class Source:
                 refuse(self.file, f"{str(names)[:60]!r} must hold names")
         try:
             chosen = Targets(given, exclude, layers, pattern, self.saved).chosen(self.model)
-        except re.error as error:
+        except regex.error as error:
             refuse(self.file, f"a pattern that chooses modules is not a regular expression: {error}")
         if given is None:
             names = {name.rpartition(".")[0] for name in self.tensors}
@@ -187,7 +187,7 @@ class Source:
 
     def _saved_embeddings(self) -> None:
         """Embeddings that PEFT has saved beside the adapter, because they were adapted or resized."""
-        for name in [name for name in self.tensors if re.fullmatch(r"(.+?)(\.base_layer)?\.(weight|bias)", name)]:
+        for name in [name for name in self.tensors if regex.fullmatch(r"(.+?)(\.base_layer)?\.(weight|bias)", name)]:
             owner, _, own = name.rpartition(".")
             path = owner.removesuffix(".base_layer")
             module = dict(modules(self.model)).get(path)
@@ -232,8 +232,8 @@ class Source:
             if not good or value <= 0:
                 refuse(self.file, f"{key}: {pattern!r} has {str(value)[:40]!r}; it must be a positive {kind.__name__}")
             try:
-                re.compile(pattern)
-            except re.error as error:
+                regex.compile(pattern)
+            except regex.error as error:
                 refuse(self.file, f"{key} has {pattern!r}, which is not a regular expression: {error}")
         return found
 

@@ -6,16 +6,18 @@ whole name, "all-linear" is every linear layer but the one that makes the logits
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import regex
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 ALL_LINEAR = "all-linear"
+PATIENCE = 0.2
+"""Seconds a pattern may take on one name; sound ones take microseconds."""
 _HEADS = ("score", "classifier")
 
 
@@ -39,14 +41,14 @@ class Targets:
         if self._excluded(path) or self.target_modules is None:
             return False
         if isinstance(self.target_modules, str):
-            return re.fullmatch(self.target_modules, path) is not None
+            return matches(self.target_modules, path)
         return ends_with(path, self.target_modules) and self._in_layers(path)
 
     def _excluded(self, path: str) -> bool:
-        if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save):
+        if any(matches(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save):
             return True
         if isinstance(self.exclude_modules, str):
-            return re.fullmatch(self.exclude_modules, path) is not None
+            return matches(self.exclude_modules, path)
         return ends_with(path, self.exclude_modules or [])
 
     def _in_layers(self, path: str) -> bool:
@@ -57,7 +59,7 @@ class Targets:
         found = None
         for pattern in patterns or [r"[^.]*"]:
             lead = rf"(?:^|.*?\.){pattern}" if patterns else r".*?\.[^.]*"
-            found = found or re.match(rf"{lead}\.(?P<index>\d+)\.", path)
+            found = found or regex.match(rf"{lead}\.(?P<index>\d+)\.", path, timeout=PATIENCE)
         return found is not None and int(found["index"]) in ([wanted] if isinstance(wanted, int) else wanted)
 
 
@@ -89,7 +91,16 @@ def named(model: nn.Module, paths: Sequence[str]) -> list[str]:
 
 def pattern_for(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value of the first pattern that fits the end of a name, as PEFT and `Method.at` decide."""
-    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path)), default)
+    return next((value for pattern, value in patterns.items() if matches(rf"(.*\.)?({pattern})$", path)), default)
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a pattern from a file fits a whole name.
+
+    Raises:
+        TimeoutError: for a pattern made to search for ever.
+    """
+    return regex.fullmatch(pattern, path, timeout=PATIENCE) is not None
 
 
 def patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
