@@ -1,0 +1,153 @@
+"""Changes within the weight's own singular vectors, `W = U S V^T`, which are found again from the weight, never stored.
+
+A file holds a print of every vector, its product with a fixed random one. Loading compares: of vectors whose singular
+values are nearly equal another machine may find others, and a change within others is another change.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...model.weights import Weight
+from ..part import Delta
+from .low_rank import Factored
+from .scaled import Scaled
+
+
+class Singular(Delta):
+    """Base of the deltas that live in the first `rank` singular vectors; before `settle` it has none and adds nothing.
+
+    Args:
+        prints: `rank`, zero for a basis that is new.
+        fan_out, fan_in: size of the weight.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ("fan_out", "fan_in")
+    prints: Tensor
+    u: Tensor | None
+    s: Tensor | None
+    vh: Tensor | None
+
+    def __init__(self, prints: Tensor, fan_out: int, fan_in: int) -> None:
+        super().__init__()
+        if prints.dim() != 1 or len(prints) > min(fan_out, fan_in):
+            raise ValueError(
+                f"a weight of {fan_out} x {fan_in} has {min(fan_out, fan_in)} singular values, not {list(prints.shape)}"
+            )
+        self.fan_out, self.fan_in = fan_out, fan_in
+        self.register_buffer("prints", prints)
+        for name in ("u", "s", "vh"):
+            self.register_buffer(name, None, persistent=False)
+
+    def settle(self, weight: Weight) -> None:
+        """Find U (`out x rank`), S (`rank`) and V^T (`rank x in`).
+
+        Raises:
+            ValueError: when they are not those that the delta was trained with.
+        """
+        dense = weight.dense()
+        if self.u is not None or dense.is_meta:
+            return
+        rank = self.prints.shape[-1]
+        u, s, vh = (part[..., :rank, :] if i == 2 else part[..., :rank] for i, part in enumerate(decomposed(dense)))
+        generator = torch.Generator("cpu").manual_seed(0)
+        probe = torch.randn(self.fan_in, generator=generator, dtype=torch.float64, device="cpu")
+        prints = (vh @ probe.to(vh)).to(self.prints.dtype)
+        if not self.prints.any():
+            self.prints.copy_(prints)
+        elif not torch.allclose(prints, self.prints.to(prints.device), rtol=1e-2, atol=1e-2):
+            raise ValueError(
+                f"the singular vectors of {weight.path or 'a weight'} are not those the adapter was trained in; "
+                "the base must be the very same, or merge where it was trained"
+            )
+        self.u, self.s, self.vh = u.contiguous(), s, vh.contiguous()
+
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """V^T (`rank x in`) and U (`out x rank`)."""
+        if self.u is None or self.vh is None:
+            raise RuntimeError("the vectors are not there yet; they are made when an adapter is attached")
+        return self.vh, self.u
+
+
+def decomposed(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S and V^T (thin), the largest entry of every column of U positive."""
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
+    return u * signs, s, vh * signs.T
+
+
+class SpectrumShift(Singular, Scaled):
+    """`dW = U_r diag(shift) V_r^T`.
+
+    Args:
+        shift: `rank`, what is added to the singular values.
+        prints, fan_out, fan_in: see `Singular`.
+    """
+
+    scale = 1.0
+
+    def __init__(self, shift: Tensor, prints: Tensor, fan_out: int, fan_in: int) -> None:
+        super().__init__(prints, fan_out, fan_in)
+        if shift.shape != prints.shape:
+            raise ValueError(f"{list(shift.shape)} shifts do not fit {list(prints.shape)} singular values")
+        self.shift = nn.Parameter(shift)
+
+    def dense(self) -> Tensor:
+        return self.shift.new_zeros(self.fan_out, self.fan_in) if self.u is None else super().dense()
+
+    def prefers_side(self, tokens: int, weight: Weight) -> bool:
+        # The side path needs no input for backward, so building the weight pays only where nothing is kept.
+        rank, (fan_out, fan_in) = self.shift.shape[-1], (self.fan_out, self.fan_in)
+        return torch.is_grad_enabled() or rank * (fan_in + fan_out) < fan_in * fan_out
+
+    def bases(self) -> tuple[Tensor, Tensor]:
+        return self.vectors()
+
+    def scales(self) -> tuple[Tensor, None]:
+        return self.shift, None
+
+
+class SparseMiddle(Singular, Factored):
+    """`dW = g U M V^T`, M zero but for some entries, g the sigmoid of a trained gate or one.
+
+    Args:
+        m: the entries, `k`.
+        index: their places `i * n + j` in M (`n x n`), all different.
+        prints, fan_out, fan_in: see `Singular`; n prints.
+        gate: a scalar, None for g = 1.
+    """
+
+    index: Tensor
+    scale = 1.0
+    train_a = False
+
+    def __init__(
+        self, m: Tensor, index: Tensor, prints: Tensor, fan_out: int, fan_in: int, gate: Tensor | None = None
+    ) -> None:
+        super().__init__(prints, fan_out, fan_in)
+        size = len(prints) ** 2
+        if m.shape != index.shape or (not index.is_meta and not 0 <= int(index.min()) <= int(index.max()) < size):
+            raise ValueError(f"{list(m.shape)} entries need as many places, all below {size}")
+        self.m = nn.Parameter(m)
+        self.gate = None if gate is None else nn.Parameter(gate)
+        self.register_buffer("index", index.to(torch.int32 if size < 2**31 else torch.int64))
+
+    @property
+    def rank(self) -> int:
+        return self.prints.shape[-1]
+
+    def middle(self) -> Tensor:
+        """g M, `n x n`."""
+        n = self.rank
+        m = self.m if self.gate is None else self.m * torch.sigmoid(self.gate)
+        return torch.zeros(n * n, dtype=m.dtype, device=m.device).index_add(0, self.index.long(), m).view(n, n)
+
+    def dense(self) -> Tensor:
+        return self.m.new_zeros(self.fan_out, self.fan_in) if self.u is None else super().dense()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        vh, u = self.vectors()
+        return vh, u.to(self.m.dtype) @ self.middle()
