@@ -77,7 +77,7 @@ class LayerSampling(Rule):
 
     def _switch(self, run: Run) -> None:
         if not self.keep and run.optimizer is None:
-            raise ValueError("lisa drops optimizer state; give the optimizer (tuned.run(optimizer=...)) or state='keep'")
+            raise ValueError("lisa drops optimizer state: give the optimizer (tuned.run(optimizer=...)) or state=keep")
         for index, parameters in self._parameters(run).items():
             for parameter in parameters:
                 parameter.requires_grad_(index in self.active)
