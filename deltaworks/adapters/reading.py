@@ -198,13 +198,13 @@ def remade(cls: type[Part], settings: dict[str, Any], tensors: Values, shared: d
         ValueError: when it cannot be made of them.
     """
     check_settings(cls, settings, set(cls.settings))
-    inner = (
-        PARTS.get(settings["kind"]) if cls.__name__ == "PerExpert" and isinstance(settings.get("kind"), str) else cls
-    )
-    missing = [key for key in (inner or cls).borrowed if key not in shared]
+    inner, described = cls, settings
+    while "kind" in inner.settings and isinstance(described.get("kind"), str):
+        inner, described = PARTS.get(described["kind"], Part), described.get("inner") or {}
+    missing = [key for key in inner.borrowed if key not in shared]
     if missing:
         raise ValueError(f"{cls.__name__} borrows {missing[0]!r}, which the file does not describe")
-    part = cls.remade(settings, tensors, {key: shared[key] for key in (inner or cls).borrowed})
+    part = cls.remade(settings, tensors, {key: shared[key] for key in inner.borrowed})
     compare(cls.__name__, part.tensors(), tensors)
     return part
 
@@ -245,7 +245,7 @@ def check_settings(cls: type, settings: dict[str, Any], wanted: set[str]) -> Non
             raise ValueError(f"{cls.__name__}: {name}={value} is out of range")
         if name == "dropout" and not (isinstance(value, (int, float)) and 0 <= value < 1):
             raise ValueError(f"{cls.__name__}: dropout={value!r} is not allowed; it must be at least 0 and below 1")
-        if isinstance(value, dict) and cls.__name__ != "PerExpert" and not all(isinstance(key, str) for key in value):
+        if isinstance(value, dict) and "kind" not in cls.settings and not all(isinstance(key, str) for key in value):
             raise ValueError(f"{cls.__name__}: {name} is not a mapping with text keys")
 
 
