@@ -335,14 +335,17 @@ def merge(model: nn.Module, *, untie: bool = False) -> nn.Module:
         raise ValueError("adapters chosen per example cannot be merged; leave the route(...) block first")
     changes = _changes(model, state, untie)
     with torch.no_grad():
+        # A change of a bias may depend on the weight, so all are made before any is written.
+        new = []
         for path, parameter, deltas in changes:
             module = model.get_submodule(path)
+            new.append((module, parameter, _merged(module, parameter, module._parameters[parameter], deltas)))
+        for module, parameter, value in new:
             found = graft_of(module)
             assert found is not None
-            stored = module._parameters[parameter]
             if parameter not in found.backup:
-                found.backup[parameter] = stored
-            module._parameters[parameter] = _merged(module, parameter, stored, deltas)
+                found.backup[parameter] = module._parameters[parameter]
+            module._parameters[parameter] = value
     state.board.merged = state.board.active
     return model
 
