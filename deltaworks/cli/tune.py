@@ -13,6 +13,8 @@ import typer
 
 from ..training.recipe import Recipe
 
+# Steps of the demonstration, which runs when neither base nor data nor a length is given.
+DEMONSTRATION = 200
 # Said of an option that is typed otherwise than the recipe's key of the same name.
 LISTS = {
     "settings": ("--set", "NAME=VALUE", "a hyper-parameter of the method; may be repeated"),
@@ -37,6 +39,8 @@ def command(**given: Any) -> None:
     written = Path(given["output"]) / "recipe.yaml" if given.get("output") else None
     if path is None and resume and written is not None and written.is_file():
         path = written
+    if path is None and not {"base", "data", "steps", "epochs"} & set(options):
+        options["steps"] = DEMONSTRATION
     recipe = Recipe.read(path, **options) if path is not None else Recipe.of(options)
     if as_json:
         result = tune(recipe, resume=resume)
