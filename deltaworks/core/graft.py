@@ -229,7 +229,7 @@ def _folded(layer: nn.Module, parameter: str, deltas: Sequence[Delta]) -> Tensor
         if rows is None:
             whole = delta.fold(whole)
         else:
-            part = Weight(layer, parameter, rows)
+            part = delta.view(layer, parameter)
             dim = -2 if whole.dim() > 1 else 0
             whole = part.replaced(delta.fold(whole.index_select(dim, part.index())), whole)
     return view.layout(whole)
@@ -264,12 +264,26 @@ def _linear(layer: nn.Module, call: Callable[..., Tensor], deltas: list[Delta], 
             sides = []
     if y is None:
         y = call(x)
+    gains = [delta.gains() for delta in sides if delta.site.rows is not None]
+    if gains and all(gain is not None for gain in gains) and len(gains) == len(sides):
+        y = y * _gained(sides, layer, y)
+        sides = []
     for delta in sides:
         y = _beside(delta, x, y, layer)
     for delta in deltas:
         if delta.site.parameter == "bias":
-            y = y + _spread(delta, delta.dense(), y).to(y.dtype)
+            y = y + _spread(delta, layer, y.shape[-1]).to(y.dtype)
     return y
+
+
+def _gained(deltas: Sequence[Delta], layer: nn.Module, y: Tensor) -> Tensor:
+    """The factors of several parts of one output as one vector: one product instead of one a part."""
+    whole = y.new_ones(y.shape[-1])
+    for delta in deltas:
+        gain = delta.gains()
+        assert gain is not None
+        whole = whole.index_copy(0, delta.view(layer).index(), gain.to(y.dtype))
+    return whole
 
 
 def _disjoint(deltas: Sequence[Delta]) -> bool:
@@ -281,19 +295,20 @@ def _beside(delta: Delta, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
     rows = delta.site.rows
     if rows is None:
         return delta.act(x, y, Weight(layer))
-    weight = Weight(layer, "weight", rows)
+    weight = delta.view(layer)
+    index = weight.index()
+    # Only parts of a fused weight come here, and their layer's output is nobody else's yet.
     if delta.additive:
-        return y.index_add(-1, weight.index(), delta.side(x).to(y.dtype))
-    part = delta.act(x, y.index_select(-1, weight.index()), weight)
-    return y.index_copy(-1, weight.index(), part.to(y.dtype))
+        return y.index_add_(-1, index, delta.side(x).to(y.dtype))
+    return y.index_copy_(-1, index, delta.act(x, y.index_select(-1, index), weight).to(y.dtype))
 
 
-def _spread(delta: Delta, vector: Tensor, y: Tensor) -> Tensor:
-    rows = delta.site.rows
-    if rows is None:
+def _spread(delta: Delta, layer: nn.Module, width: int) -> Tensor:
+    """What a delta of a bias adds, over all outputs."""
+    vector = delta.dense()
+    if delta.site.rows is None:
         return vector
-    index = torch.tensor(list(rows), device=y.device)
-    return torch.zeros(y.shape[-1], device=y.device, dtype=vector.dtype).index_copy(0, index, vector)
+    return vector.new_zeros(width).index_copy(0, delta.view(layer, "bias").index(), vector)
 
 
 _SWAPPED: dict[tuple[type, tuple[str, ...]], type] = {}

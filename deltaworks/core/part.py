@@ -116,6 +116,20 @@ class Delta(Part):
         """The changed bias."""
         return bias
 
+    def view(self, layer: nn.Module, parameter: str = "weight") -> Weight:
+        """The rows of a layer's parameter that this delta is for."""
+        from ..model.weights import Weight
+
+        weight = Weight(layer, parameter, self.site.rows)
+        if weight.rows is not None:
+            # Thousands of rows on another device: copying them there in every pass would cost more than the change.
+            kept = self.__dict__.get("_rows")
+            if kept is None or kept.device != weight.device:
+                with torch.inference_mode(False):
+                    kept = self.__dict__["_rows"] = weight.index()
+            weight.known = kept
+        return weight
+
     def prefers_side(self, tokens: int, weight: Weight) -> bool:
         """Whether `side` is cheaper than building the weight, for this many rows of activations."""
         return self.lean
@@ -127,6 +141,10 @@ class Delta(Part):
     def act(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
         """The layer's new output, from its input `x`, its base output `y` (may be overwritten) and its weight."""
         return y.add_(self.side(x))
+
+    def gains(self) -> Tensor | None:
+        """Factors of the layer's outputs (bias included), for a change that is nothing else; None otherwise."""
+        return None
 
     def around(self, call: Callable[[Tensor], Tensor], x: Tensor, weight: Weight) -> Tensor | None:
         """The layer's new output by way of its own call, for a change of what the layer reads; None otherwise."""

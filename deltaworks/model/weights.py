@@ -80,7 +80,8 @@ class Weight:
 
     def __init__(self, layer: nn.Module, parameter: str = "weight", rows: Sequence[int] | None = None, path: str = ""):
         self.layer, self.parameter, self.path = layer, parameter, path
-        self.rows = None if rows is None else list(rows)
+        self.rows = rows
+        self.known: Tensor | None = None  # the rows as an index, where someone keeps one
 
     @property
     def stored(self) -> Tensor | None:
@@ -188,6 +189,8 @@ class Weight:
 
     def index(self) -> Tensor:
         """`rows` as an index tensor on the weight's device."""
+        if self.known is not None:
+            return self.known
         return torch.tensor(cast(list, self.rows), device=self.device, dtype=torch.long)
 
     def replaced(self, part: Tensor, whole: Tensor | None = None) -> Tensor:

@@ -34,7 +34,7 @@ def _fold_bias(layer: nn.Module, deltas: Sequence[Delta]) -> Tensor | None:
     for delta in deltas:
         if bias is None or type(delta).fold_bias is Delta.fold_bias:
             continue
-        part = Weight(layer, "bias", delta.site.rows)
+        part = delta.view(layer, "bias")
         folded = delta.fold_bias(bias if delta.site.rows is None else bias[part.index()])
         bias = bias if folded is None else part.replaced(folded, bias)
     return bias
@@ -46,7 +46,7 @@ def _fold(layer: nn.Module, deltas: Sequence[Delta]) -> Tensor:
         if delta.site.rows is None:
             whole = delta.fold(whole)
         else:
-            part = Weight(layer, "weight", delta.site.rows)
+            part = delta.view(layer)
             whole = part.replaced(delta.fold(whole.index_select(0, part.index())), whole)
     return whole
 

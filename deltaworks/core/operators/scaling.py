@@ -45,6 +45,9 @@ class Scaling(Delta):
         # A scaled input of some rows of a fused weight would have to leave the other rows' input alone.
         return not (self.at_input and self.site.rows is not None)
 
+    def gains(self) -> Tensor | None:
+        return None if self.at_input else self.l
+
     def around(self, call: Callable[[Tensor], Tensor], x: Tensor, weight: Weight) -> Tensor | None:
         return call(x * self.l.to(x.dtype)) if self.at_input else None
 
