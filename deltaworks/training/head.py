@@ -22,7 +22,13 @@ from torch.autograd.function import once_differentiable
 # Bytes of float32 logits held at a time: large enough for efficient products, small beside any model.
 CHUNK_BYTES = 32 << 20
 # Configuration entries with which a model changes its logits after the head, or adds terms to the loss.
-AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_router_logits")
+AFTER_THE_HEAD = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_router_logits",
+)
 
 
 def head_of(model: nn.Module) -> nn.Linear | None:

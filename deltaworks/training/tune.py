@@ -43,6 +43,7 @@ total, loss, lr), "evaluated", "saved", "after", "done"; for terminals and logs.
 # What may differ between a run and its continuation: none of it changes what is learned.
 FREE = ("output", "save_every", "keep", "evaluate_every", "samples", "sample_length", "device")
 OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd", "adafactor": "adafactor", "adamw_8bit": "adamw_bnb_8bit"}
+PART = ".deltaworks.part"  # a file while it is being written
 LABELLED = ("sequence-classification", "regression", "token-classification", "image-classification")
 
 
@@ -212,7 +213,7 @@ def _finished(recipe: Recipe, output: Path, *, resume: bool) -> bool:
         ValueError: when it holds something that must not be overwritten, or the run of another recipe.
     """
     written = output / "recipe.yaml"
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and (not output.is_dir() or any(path.name != PART for path in output.iterdir())):
         if not resume:
             raise ValueError(f"{output} exists already; give another --output, or --resume to go on with the run in it")
         if not written.is_file():
@@ -230,7 +231,7 @@ def _finished(recipe: Recipe, output: Path, *, resume: bool) -> bool:
 
 def _write(path: Path, text: str) -> None:
     """Write a file so that it appears whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(PART)
     with part.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

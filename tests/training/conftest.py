@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +24,13 @@ def words(length: int, seed: int) -> str:
     return " ".join(f"w{int(number)}" for number in chosen)
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def made_tokenizer() -> PreTrainedTokenizerFast:
     made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         mask_token="<mask>",
     )  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Callable[[str], str]:
-    """The folder of a tiny base of a family."""
-    made: dict[str, str] = {}
-
-    def folder(family: str) -> str:
-        if family not in made:
-            place = tmp_path_factory.mktemp(family)
-            FAMILIES[family]()[0].save_pretrained(place)
-            if family != "vit":
-                tokenizer.save_pretrained(place)
-            made[family] = str(place)
-        return made[family]
-
-    return folder
 
 
 ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
@@ -62,14 +45,36 @@ ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
 }
 
 
+def prepared_base(folder: Path, family: str) -> str:
+    """The folder of a tiny base of a family, in `folder`."""
+    place = folder / family
+    if not place.exists():
+        FAMILIES[family]()[0].save_pretrained(place)
+        if family != "vit":
+            made_tokenizer().save_pretrained(place)
+    return str(place)
+
+
+def prepared_data(folder: Path, kind: str) -> str:
+    """The file of some data, thirty rows, in `folder`."""
+    path = folder / f"{kind}.jsonl"
+    if not path.exists():
+        path.write_text("".join(json.dumps(ROWS[kind](index)) + "\n" for index in range(30)))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return made_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """The folder of a tiny base of a family."""
+    return partial(prepared_base, tmp_path_factory.mktemp("bases"))
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     """The file of some data, thirty rows."""
-    folder = tmp_path_factory.mktemp("data")
-
-    def file(kind: str) -> str:
-        path: Path = folder / f"{kind}.jsonl"
-        path.write_text("".join(json.dumps(ROWS[kind](index)) + "\n" for index in range(30)))
-        return str(path)
-
-    return file
+    return partial(prepared_data, tmp_path_factory.mktemp("data"))

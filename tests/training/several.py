@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 import deltaworks as dw
-from deltaworks.training import checkpoint, wrap
+from deltaworks.training import Recipe, checkpoint, tune, wrap
 from tests.families import FAMILIES
 
 STEPS, ROWS = 6, torch.randint(5, 64, (8, 12), generator=torch.Generator().manual_seed(0)).repeat(3, 1)
@@ -118,14 +118,27 @@ def trained_fsdp(rank: int, world: int, folder: Path) -> Any:
     return trained(rank, world, folder, fully=True)
 
 
+def tuned_run(rank: int, world: int, folder: Path) -> Any:
+    """A recipe, run by `tune`."""
+    from tests.training.conftest import prepared_base, prepared_data
+
+    recipe = {"steps": 5, "batch_size": 4 // world, "lr": 1e-2, "device": "cpu", "samples": 0, "save_every": 2}
+    places = {"base": prepared_base(folder.parent, "llama"), "data": prepared_data(folder.parent, "completions")}
+    result = tune(Recipe.of(recipe, places, {"output": str(folder / "out")}))
+    assert result.tuned is not None
+    losses = [loss for _, loss in result.metrics["losses"]]
+    return losses, {name: value.detach().clone() for name, value in result.tuned.tensors().items()}
+
+
 def work(job: Callable[..., Any], rank: int, world: int, folder: Path) -> None:
     """Join the group, do the job, write what came out."""
     torch.set_num_threads(1)
-    port = 20000 + int.from_bytes(os.urandom(2), "big") % 20000 if world == 1 else int((folder / "port").read_text())
-    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
+    given["MASTER_PORT"] = (folder / "port").read_text()
     if world > 1:
         os.environ |= {name: str(value) for name, value in given.items()} | {"ACCELERATE_USE_CPU": "true"}
-        dist.init_process_group("gloo")
+        if job is not tuned_run:
+            dist.init_process_group("gloo")
     result = job(rank, world, folder)
     if rank == 0:
         torch.save(result, folder / "result.pt")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from . import several
+from .conftest import prepared_base, prepared_data
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.training.dying", "tests.training.several"])
@@ -51,6 +52,17 @@ def test_rules_decide_alike_in_all_processes(tmp_path: Path) -> None:
     assert found == pytest.approx(losses, rel=1e-5)
     assert {name: value.shape for name, value in others.items()} == {name: v.shape for name, v in tensors.items()}
     assert len({value.shape for name, value in tensors.items() if "q_proj" in name and name.endswith(".l")}) >= 1
+
+
+def test_a_recipe_run_by_two_processes_is_that_of_one(tmp_path: Path) -> None:
+    prepared_base(tmp_path, "llama")
+    prepared_data(tmp_path, "completions")
+    losses, tensors = result_of(several.tuned_run, 1, tmp_path / "one")
+    found, others = result_of(several.tuned_run, 2, tmp_path / "two")
+    assert found == pytest.approx(losses, rel=1e-4)
+    for name, value in tensors.items():
+        torch.testing.assert_close(others[name], value, rtol=1e-3, atol=1e-5)
+    assert (tmp_path / "two" / "out" / "metrics.json").is_file()
 
 
 def test_the_trainer_alone_is_the_plain_loop(tmp_path: Path, expected: Any) -> None:
