@@ -5,9 +5,14 @@ the same adapter on any device.
 from __future__ import annotations
 
 import math
+import zlib
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..model.weights import Weight
 
 
 def kaiming(*shape: int) -> Tensor:
@@ -38,3 +43,9 @@ def zeros(*shape: int) -> Tensor:
 def ones(*shape: int) -> Tensor:
     """All one."""
     return torch.ones(*shape)
+
+
+def seed_for(seed: int, weight: Weight) -> int:
+    """A seed of its own for every weight of a model; the experts of one stack have theirs in common."""
+    rows = weight.rows[0] if weight.rows else 0
+    return zlib.crc32(f"{seed} {weight.path} {weight.parameter} {rows}".encode())
