@@ -1,0 +1,122 @@
+"""Chain of LoRA, COLA: efficient fine-tuning via residual learning (Xia et al. 2024, arXiv:2401.04151).
+
+W' = W + s sum_t B_t A_t,  one link after the other: train a LoRA for its share of the steps, tie a knot (it becomes a
+constant), draw a new one with B = 0, drop the optimizer's state, begin the learning rate anew, repeat.
+Finished links stand beside the base instead of in it: room for all is there from the start, so memory is the same at
+every link, the base is untouched, and the result is an ordinary LoRA of rank `links * rank`. The authors publish no
+code; knots are equally spaced, and the restarted rate falls linearly from the run's peak within every link.
+Use it when LoRA's rank is too small and a higher one does not fit the optimizer.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...core import fields
+from ...core.experts import PerExpert
+from ...core.init import kaiming, zeros
+from ...core.method import WeightMethod
+from ...core.operators.low_rank import LowRank
+from ...core.registry import method
+from ...core.rule import Rule, Run
+from ...model.weights import Weight
+
+
+@method("cola_chain", paper="2401.04151", family="lowrank")
+class ColaChain(WeightMethod):
+    """A chain of LoRAs; trains `rank * (in + out)` values a layer at a time, `links` times."""
+
+    default_lr = 5e-4
+
+    rank: int = fields.positive(8, "inner dimension r of every link")
+    alpha: float = fields.number(16.0, "numerator of the scale alpha / rank", above=0)
+    dropout: float = fields.fraction(0.0, "probability of dropping an input feature of the branch")
+    links: int = fields.positive(2, "M, length of the chain; 1 is LoRA")
+    restart: bool = fields.flag(True, "begin the learning rate anew with every link; else the run's schedule goes on")
+
+    def delta(self, weight: Weight) -> LowRank:
+        r, past = self.rank, self.rank * (self.links - 1)
+        a, b = kaiming(r, weight.fan_in), zeros(weight.fan_out, r)
+        scale = self.alpha / r
+        if not past:
+            return LowRank(a, b, scale=scale, dropout=self.dropout)
+        a0, b0 = zeros(past, weight.fan_in), zeros(weight.fan_out, past)
+        return LowRank(a, b, scale=scale, dropout=self.dropout, a0=a0, b0=b0)
+
+    def rules(self) -> list[Rule]:
+        return [Knots(self.links, self.restart)] if self.links > 1 else []
+
+    def count(self, weight: Weight) -> int:
+        return self.rank * (weight.fan_in + weight.fan_out)
+
+
+class Knots(Rule):
+    """Ties a knot after every `1 / links` of the steps.
+
+    Attributes:
+        tied: number of finished links.
+    """
+
+    def __init__(self, links: int, restart: bool) -> None:
+        self.links, self.restart, self.tied = links, restart, 0
+        self._rates: list[float] | None = None
+
+    def attached(self, run: Run) -> None:
+        if run.total_steps < self.links:
+            raise ValueError(f"cola_chain: links={self.links} need as many steps, the run has {run.total_steps}")
+
+    def ends(self, run: Run) -> list[int]:
+        """The steps after which links are complete."""
+        return [run.total_steps * (k + 1) // self.links for k in range(self.links)]
+
+    def gradients(self, run: Run) -> None:
+        if self.restart and run.optimizer is not None:
+            ends = [0, *self.ends(run)]
+            begin, end = ends[self.tied], ends[self.tied + 1]
+            left = 1 - (run.step - begin) / (end - begin)
+            self._rates = [group["lr"] for group in run.optimizer.param_groups]
+            for group in run.optimizer.param_groups:
+                group["lr"] = group.get("initial_lr", group["lr"]) * left
+
+    def step_end(self, run: Run) -> None:
+        if self._rates is not None and run.optimizer is not None:
+            for group, rate in zip(run.optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate
+            self._rates = None
+        if run.step in self.ends(run)[:-1] and self.tied < self.links - 1:
+            self._tie(run)
+            run.record("cola_chain.knots", self.tied)
+
+    @torch.no_grad()
+    def _tie(self, run: Run) -> None:
+        generator = torch.Generator().manual_seed(run.seed * 1000 + self.tied)
+        for a, b, a0, b0 in chained(run):
+            r = a.shape[-2]
+            place = slice(self.tied * r, (self.tied + 1) * r)
+            a0[..., place, :] = a
+            b0[..., place] = -b  # what a LowRank holds beside its factors is subtracted
+            bound = 1 / math.sqrt(a.shape[-1])
+            a.copy_(torch.rand(a.shape, generator=generator).mul_(2 * bound).sub_(bound))
+            b.zero_()
+            for parameter in (a, b):
+                parameter.grad = None
+                if run.optimizer is not None:
+                    run.optimizer.state.pop(parameter, None)
+        self.tied += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tied": self.tied}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.tied = state["tied"]
+
+
+def chained(run: Run) -> Iterator[tuple[nn.Parameter, nn.Parameter, nn.Parameter, nn.Parameter]]:
+    """A, B and the finished links' of every part; fused experts hold theirs stacked along a leading axis."""
+    for part in run.tuned.parts():
+        if isinstance(part, LowRank) or (isinstance(part, PerExpert) and part.kind == LowRank.__name__):
+            a, b, a0, b0 = (part.get_parameter(name) for name in ("a", "b", "a0", "b0"))
+            yield a, b, a0, b0

@@ -1,0 +1,100 @@
+"""COLA: knots change nothing but what trains, and links add up to a rank no link has."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+import deltaworks as dw
+from tests.families import FAMILIES
+from tests.methods.toys import attach, net, part
+
+
+def train(links: int, count: int, look=None, **settings):
+    """A plain loop; `look(step, model, optimizer, when)` around the end of every step."""
+    model, x = net(12, 8, 6)
+    tuned = attach(model, dw.ColaChain, rank=2, links=links, **settings)
+    target = torch.randn(model(x).shape, generator=torch.Generator().manual_seed(7), dtype=x.dtype)
+    optimizer = torch.optim.AdamW(tuned.parameter_groups(0.05))
+    rules = tuned.run(count, optimizer=optimizer)
+    rules.emit("attached")
+    for step in range(1, count + 1):
+        optimizer.zero_grad()
+        rules.emit("step_begin")
+        (model(x) - target).square().mean().backward()
+        rules.emit("gradients")
+        optimizer.step()
+        before = (model(x).detach(), optimizer.param_groups[0]["lr"])
+        rules.emit("step_end")
+        if look:
+            look(step, model(x).detach(), optimizer, tuned, before)
+    rules.emit("finished")
+    return model, x, tuned
+
+
+def test_a_knot_leaves_the_output_and_drops_the_optimizers_state() -> None:
+    knots, rates = [], []
+
+    def look(step, after, optimizer, tuned, before) -> None:
+        assert torch.allclose(after, before[0], atol=1e-12)
+        rates.append(before[1])
+        if not optimizer.state:
+            knots.append(step)
+            assert all(delta.b.abs().max() == 0 and delta.a.abs().max() > 0 for delta in tuned.parts())
+
+    train(3, 9, look)
+    assert knots == [3, 6]
+    # The rate begins anew with every link.
+    assert torch.allclose(torch.tensor(rates), 0.05 * torch.tensor([1, 2 / 3, 1 / 3] * 3))
+
+
+def test_without_restart_the_runs_schedule_goes_on() -> None:
+    rates = []
+    train(3, 6, lambda step, after, optimizer, tuned, before: rates.append(before[1]), restart=False)
+    assert rates == [0.05] * 6
+
+
+def test_the_rank_of_the_change_grows_with_the_links() -> None:
+    _, _, one = train(1, 12)
+    _, _, three = train(3, 12)
+    ranks = [int(torch.linalg.matrix_rank(part(tuned).dense(), rtol=1e-6)) for tuned in (one, three)]
+    assert ranks == [2, 6]
+
+
+def test_one_link_is_lora_to_the_bit() -> None:
+    _, _, chain = train(1, 4)
+    model, x = net(12, 8, 6)
+    lora = attach(model, dw.LoRA, rank=2)
+    target = torch.randn(model(x).shape, generator=torch.Generator().manual_seed(7), dtype=x.dtype)
+    optimizer = torch.optim.AdamW(lora.parameter_groups(0.05))
+    for _ in range(4):
+        optimizer.zero_grad()
+        (model(x) - target).square().mean().backward()
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(chain.tensors().values(), lora.tensors().values(), strict=True))
+
+
+def test_memory_is_the_same_at_every_link() -> None:
+    sizes = set()
+
+    def look(step, after, optimizer, tuned, before) -> None:
+        state = sum(t.numel() for one in optimizer.state.values() for t in one.values() if t.dim())
+        held = sum(t.numel() for t in tuned.tensors().values())
+        sizes.add((held, state) if optimizer.state else (held, None))
+
+    train(3, 6, look)
+    assert len({held for held, _ in sizes}) == 1 and len(sizes) == 2
+
+
+def test_links_of_stacked_experts_are_tied_too() -> None:
+    model, batch = FAMILIES["mixtral"]()
+    tuned = dw.attach(model, dw.ColaChain(rank=2, on="experts"), seed=0)
+    rules = tuned.run(2)
+    rules.emit("attached")
+    for parameter in tuned.parameters():
+        parameter.data += 0.1
+    before = copy.deepcopy(model)(**batch).logits
+    rules.emit("step_end")
+    assert torch.allclose(model(**batch).logits, before, atol=1e-5)
+    assert all(part.get_parameter("b").abs().max() == 0 for part in tuned.parts())
