@@ -1,0 +1,162 @@
+"""AFLoRA: adaptive freezing of low rank adaptation (Liu et al. 2024, arXiv:2403.13269).
+
+W' = W + diag(u) B diag(d) A,  A, B Kaiming uniform (a = 0),  d = 0.1,  u = 0. The vectors train throughout. A and B
+train only where the weight is not square, and freeze one by one: every `interval` steps each gets a score, the mean
+over its entries of (smoothed |gradient|) * (its smoothed deviation), and those whose score lies below the quantile 1 - keep
+of all entries' scores freeze, keep falling as a cubic from 1 to 0 between `t_init` and `t_final`. A frozen matrix needs no
+gradient, no optimizer state, and, if it is A, no saved input. As in the official code the score is of |g|, not |w g|.
+Use it as a VeRA of low rank that learns its projections: it ends at `rank + out` trained values a layer.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core import fields
+from ...core.experts import PerExpert
+from ...core.init import kaiming_relu, zeros
+from ...core.method import WeightMethod
+from ...core.operators.diagonal import DiagonalFactors
+from ...core.registry import method
+from ...core.rule import Rule, Run
+from ...core.tuned import Tuned
+from ...model.weights import Weight
+
+
+@method("aflora", paper="2403.13269", family="lowrank")
+class AFLoRA(WeightMethod):
+    """Two vectors and, until they freeze, two factors; `rank * (in + out) + rank + out` values a layer at first."""
+
+    default_lr = 2e-3
+
+    rank: int = fields.positive(4, "inner dimension r; 32 for 7B models")
+    dropout: float = fields.fraction(0.0, "probability of dropping an input feature of the branch")
+    factors: str = fields.choice(
+        "oblong", ("oblong", "all", "none"), "where A and B train: weights that are not square"
+    )
+    t_init: float = fields.number(0.05, "time before matrices freeze: below 1 a share of the run, else steps", low=0)
+    t_final: float = fields.number(0.7, "time after all are frozen: below 1 a share of the run, else steps", low=0)
+    interval: int = fields.positive(10, "steps that a gradient is averaged over, and between two freezes")
+    beta1: float = fields.fraction(0.85, "smoothing of the gradient's size")
+    beta2: float = fields.fraction(0.95, "smoothing of its deviation")
+
+    def delta(self, weight: Weight) -> DiagonalFactors:
+        a, b = kaiming_relu(self.rank, weight.fan_in), kaiming_relu(weight.fan_out, self.rank)
+        d, u = torch.full((self.rank,), 0.1), zeros(weight.fan_out)
+        return DiagonalFactors(a, b, d, u, dropout=self.dropout, factors_train=self._trains(weight))
+
+    def _trains(self, weight: Weight) -> bool:
+        return self.factors == "all" or (self.factors == "oblong" and weight.fan_in != weight.fan_out)
+
+    def rules(self) -> list[Rule]:
+        return [Freezing(self)]
+
+    def count(self, weight: Weight) -> int:
+        matrices = self.rank * (weight.fan_in + weight.fan_out) if self._trains(weight) else 0
+        return matrices + self.rank + weight.fan_out
+
+
+class Freezing(Rule):
+    """Scores the factors that still train and freezes the lowest.
+
+    Attributes:
+        frozen: names of the factors that are frozen.
+        sums: of |gradient| since the last score, by name, and how many steps they hold.
+        smoothed: size and deviation, by name.
+    """
+
+    def __init__(self, method: AFLoRA) -> None:
+        self.method = method
+        self.frozen: list[str] = []
+        self.sums: dict[str, Tensor] = {}
+        self.window = 0
+        self.smoothed: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def phases(self, run: Run) -> tuple[int, int]:
+        """The last step before freezing, and the last step before all are frozen."""
+        total = run.total_steps
+        first, last = (int(t * total) if t < 1 else int(t) for t in (self.method.t_init, self.method.t_final))
+        if first + last >= max(total, 1):
+            raise ValueError(
+                f"aflora: t_init and t_final take {first} and {last} steps; their sum must be below the run's {total}"
+            )
+        return first, total - last
+
+    def keep(self, step: int, run: Run) -> float:
+        """The share of scores to be kept at a step, the first being 1."""
+        first, final = self.phases(run)
+        return 1.0 if step <= first else 0.0 if step > final else (1 - (step - first) / (final - first)) ** 3
+
+    def attached(self, run: Run) -> None:
+        self.phases(run)
+
+    def step_begin(self, run: Run) -> None:
+        for name, matrix in matrices(run.tuned):
+            if name in self.frozen and matrix.requires_grad:
+                self._freeze(name, matrix, run)
+
+    @torch.no_grad()
+    def gradients(self, run: Run) -> None:
+        step = run.step + 1
+        live = {name: matrix for name, matrix in matrices(run.tuned) if matrix.requires_grad}
+        if not live:
+            return
+        self.window += 1
+        for name, matrix in live.items():
+            if matrix.grad is not None:
+                size = matrix.grad.abs()
+                self.sums[name] = self.sums[name].to(size).add_(size) if name in self.sums else size
+        if step % self.method.interval == 0:
+            self._smooth()
+        keep = self.keep(step, run)
+        if keep == 0:
+            doomed = list(live)
+        else:
+            doomed = self._lowest(live, keep) if keep < 1 and step % self.method.interval == 0 else []
+        for name in doomed:
+            self._freeze(name, live[name], run)
+        run.record("aflora.trained", sum(p.numel() for p in run.tuned.parameters()))
+
+    def _smooth(self) -> None:
+        b1, b2 = self.method.beta1, self.method.beta2
+        for name, total in self.sums.items():
+            size = total / self.window
+            mean, spread = self.smoothed.get(name, (torch.zeros_like(size), torch.zeros_like(size)))
+            mean = mean.to(size) * b1 + (1 - b1) * size
+            self.smoothed[name] = mean, spread.to(size) * b2 + (1 - b2) * (size - mean).abs()
+        self.sums, self.window = {}, 0
+
+    def _lowest(self, live: dict[str, nn.Parameter], keep: float) -> list[str]:
+        scores = {name: mean * spread for name, (mean, spread) in self.smoothed.items() if name in live}
+        pool = torch.cat([score.flatten().cpu() for score in scores.values()])
+        below = int(len(pool) * (1 - keep))
+        if not below:
+            return []
+        threshold = pool.kthvalue(below).values
+        return [name for name, score in scores.items() if score.mean().cpu() < threshold]
+
+    def _freeze(self, name: str, matrix: nn.Parameter, run: Run) -> None:
+        matrix.requires_grad_(False)
+        matrix.grad = None
+        if run.optimizer is not None:
+            run.optimizer.state.pop(matrix, None)
+        self.smoothed.pop(name, None)
+        self.sums.pop(name, None)
+        if name not in self.frozen:
+            self.frozen.append(name)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"frozen": self.frozen, "sums": self.sums, "window": self.window, "smoothed": self.smoothed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.frozen, self.window = list(state["frozen"]), state["window"]
+        self.sums, self.smoothed = dict(state["sums"]), dict(state["smoothed"])
+
+
+def matrices(tuned: Tuned) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every A and B by name; fused experts hold theirs stacked along a leading axis."""
+    for name, part in tuned.named_parts():
+        if isinstance(part, DiagonalFactors) or (isinstance(part, PerExpert) and part.kind == DiagonalFactors.__name__):
+            yield from ((f"{name}.{key}", part.get_parameter(key)) for key in "ab")
