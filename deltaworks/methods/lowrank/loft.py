@@ -1,0 +1,157 @@
+"""LoFT: low-rank adaptation that behaves like full fine-tuning (Tastan et al. 2025, arXiv:2505.21289).
+
+W' = W + B A, stepped as AdamW would step W itself, seen through the factors. With g_B = G_B (A A^T + damp I)^-1, the
+first moment m_B of g_B and the second moment S_B of the outer products of its rows (`rank x rank` a row), both carried
+over to every new A, the full moments are m_B A and diag(A^T S_B A); their Adam step U moves B by
+-lr (U A^T) (A A^T + damp I)^-1.
+A likewise; steps move B and A in turn, B first, and both keep their moments. Where the rank is full this is AdamW on W.
+The released code carries S over with the transposed matrix, which departs from AdamW; here it is C^T S C, checked.
+The rule makes the step: it takes learning rate and decay from the run's optimizer, which then has nothing left to do
+for these tensors and keeps no state for them.
+Use it where LoRA falls short of full fine-tuning at a very low rank; the state is `rank (rank + 1) (in + out)`.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core import fields
+from ...core.experts import PerExpert
+from ...core.init import kaiming, zeros
+from ...core.method import WeightMethod
+from ...core.operators.low_rank import LowRank
+from ...core.registry import method
+from ...core.rule import Rule, Run
+from ...core.tuned import Tuned
+from ...model.weights import Weight
+
+ROWS = 1024  # rows of the full second moment that exist at a time
+
+
+@method("loft", paper="2505.21289", family="lowrank")
+class LoFT(WeightMethod):
+    """LoRA at scale 1 under full fine-tuning's optimizer; trains `rank * (in + out)` values a layer."""
+
+    default_lr = 2e-4
+
+    rank: int = fields.positive(8, "inner dimension r")
+    dropout: float = fields.fraction(0.0, "probability of dropping an input feature of the branch")
+    beta1: float = fields.fraction(0.9, "smoothing of the gradient")
+    beta2: float = fields.fraction(0.999, "smoothing of its square")
+    eps: float = fields.number(1e-4, "added to the root of the second moment, as in the released code", low=0)
+    clip: float = fields.number(1.0, "largest norm of the projected full gradient; 0 for any", low=0)
+    damp_a: float = fields.number(1e-6, "added to B^T B before it is inverted", low=0)
+    damp_b: float = fields.number(1e-8, "added to A A^T before it is inverted", low=0)
+
+    def delta(self, weight: Weight) -> LowRank:
+        return LowRank(kaiming(self.rank, weight.fan_in), zeros(weight.fan_out, self.rank), dropout=self.dropout)
+
+    def rules(self) -> list[Rule]:
+        return [FullAdam(self)]
+
+    def count(self, weight: Weight) -> int:
+        return self.rank * (weight.fan_in + weight.fan_out)
+
+
+class FullAdam(Rule):
+    """Steps one factor of every pair and keeps the moments of both.
+
+    A is treated as its transpose, so that either factor is an L (`... n x r`) in a product L R with its partner R
+    (`... r x m`).
+
+    Attributes:
+        moments: by factor's name: `m` (`n x r`), `s` (`n x r x r`), and the partner they were measured with.
+        calls: how many steps were made.
+    """
+
+    def __init__(self, method: LoFT) -> None:
+        self.method = method
+        self.moments: dict[str, dict[str, Tensor]] = {}
+        self.calls = 0
+
+    @torch.no_grad()
+    def gradients(self, run: Run) -> None:
+        if run.optimizer is None:
+            raise ValueError(
+                "loft takes its learning rate from the optimizer; make the run with run(..., optimizer=...)"
+            )
+        settings = {id(p): group for group in run.optimizer.param_groups for p in group["params"]}
+        moving = "ba"[self.calls % 2]
+        pairs = [pair for pair in factors(run.tuned) if all(p.grad is not None for p in pair[1:])]
+        self.calls += 1
+        share = self._clipping(pairs, moving)
+        for name, a, b in pairs:
+            sides = {"b": (b, b.grad, a, self.method.damp_b), "a": (a.mT, a.grad, b.mT, self.method.damp_a)}
+            steps = {}
+            for key, (left, gradient, partner, damp) in sides.items():
+                assert gradient is not None
+                g = (gradient if key == "b" else gradient.mT) * share
+                steps[key] = self._observed(f"{name}.{key}", left, g, partner, damp, key == moving)
+            group = settings[id(b if moving == "b" else a)]
+            left, step = sides[moving][0], steps[moving]
+            assert step is not None
+            left.mul_(1 - group["lr"] * group.get("weight_decay", 0.0)).sub_(step * group["lr"])
+            a.grad = b.grad = None  # the optimizer passes over what has no gradient
+
+    def _observed(self, name: str, left: Tensor, g: Tensor, partner: Tensor, damp: float, moves: bool) -> Tensor | None:
+        """Take a gradient into the moments of a factor; what to move it by, times the learning rate, if it moves."""
+        beta1, beta2 = self.method.beta1, self.method.beta2
+        gram = partner @ partner.mT
+        lower = torch.linalg.cholesky(gram + damp * torch.eye(gram.shape[-1]).to(gram))
+        g = over(g, lower)
+        state = self.moments.get(name)
+        if state is None:
+            shape = (*left.shape, left.shape[-1])
+            m, s = torch.zeros_like(left), torch.zeros(shape, dtype=left.dtype, device=left.device)
+        else:
+            carry = over(state["partner"].to(partner) @ partner.mT, lower)
+            m = state["m"].to(left) @ carry
+            s = carry.mT.unsqueeze(-3) @ state["s"].to(left) @ carry.unsqueeze(-3)
+        m = beta1 * m + (1 - beta1) * g
+        s = s.mul_(beta2).addcmul_(g.unsqueeze(-1), g.unsqueeze(-2), value=1 - beta2)
+        self.moments[name] = {"m": m, "s": s, "partner": partner.clone()}
+        if not moves:
+            return None
+        projected = torch.empty_like(left)
+        for rows in torch.arange(left.shape[-2]).split(ROWS):
+            chosen = slice(int(rows[0]), int(rows[-1]) + 1)
+            second = ((s[..., chosen, :, :] @ partner.unsqueeze(-3)) * partner.unsqueeze(-3)).sum(-2).clamp_(min=0)
+            first = m[..., chosen, :] @ partner / (1 - beta1**self.calls)
+            update = first / ((second / (1 - beta2**self.calls)).sqrt_() + self.method.eps)
+            projected[..., chosen, :] = update @ partner.mT
+        return over(projected, lower)
+
+    def _clipping(self, pairs: list[tuple[str, nn.Parameter, nn.Parameter]], moving: str) -> float:
+        """The factor for all gradients: so that the projected full gradient of what moves is at most `clip` long."""
+        if not self.method.clip or not pairs:
+            return 1.0
+        total = 0.0
+        for _, a, b in pairs:
+            assert a.grad is not None and b.grad is not None
+            g, partner, damp = (
+                (b.grad, a, self.method.damp_b) if moving == "b" else (a.grad.mT, b.mT, self.method.damp_a)
+            )
+            gram = partner @ partner.mT
+            g = over(g, torch.linalg.cholesky(gram + damp * torch.eye(gram.shape[-1]).to(gram)))
+            total += float(((g @ gram) * g).sum())
+        return min(1.0, self.method.clip / (max(total, 0.0) ** 0.5 + 1e-6))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"calls": self.calls, "moments": self.moments}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.calls, self.moments = state["calls"], {name: dict(kept) for name, kept in state["moments"].items()}
+
+
+def over(matrix: Tensor, lower: Tensor) -> Tensor:
+    """`matrix (L L^T)^-1`, for `matrix` of `... n x r`."""
+    return torch.cholesky_solve(matrix.mT, lower).mT
+
+
+def factors(tuned: Tuned) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+    """Name, A and B of every part; fused experts hold theirs stacked along a leading axis."""
+    for name, part in tuned.named_parts():
+        if isinstance(part, LowRank) or (isinstance(part, PerExpert) and part.kind == LowRank.__name__):
+            yield name, part.get_parameter("a"), part.get_parameter("b")
