@@ -1,0 +1,112 @@
+"""RST-LoRA weighs tokens in the branch alone, and is LoRA without weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import deltaworks as dw
+from deltaworks.methods.lowrank.rst_lora import importance, importance_of, spread
+from tests.families import FAMILIES
+from tests.methods.toys import attach, net, nudge, part
+
+PLAIN = {"rank": 3, "alpha": 6.0, "dropout": 0.0}
+
+
+def made(**settings):
+    model, x = net(12, 8, 6)
+    tuned = attach(model, dw.RSTLoRA, **(PLAIN | settings))
+    nudge(tuned)
+    return model, x, tuned
+
+
+def test_no_weight_or_weight_zero_is_lora() -> None:
+    model, x, tuned = made()
+    twin, _ = net(12, 8, 6)
+    nudge(attach(twin, dw.LoRA, rank=3, alpha=6.0))
+    assert torch.equal(model(x), twin(x))
+    with importance(tuned, torch.zeros(2, 5)):
+        assert torch.allclose(model(x), twin(x), atol=1e-14)
+
+
+def test_a_uniform_weight_is_a_larger_scale() -> None:
+    model, x, tuned = made()
+    twin, _ = net(12, 8, 6)
+    nudge(attach(twin, dw.LoRA, rank=3, alpha=6.0 * 1.5))
+    with importance(tuned, torch.full((2, 5), 0.5)):
+        assert torch.allclose(model(x), twin(x))
+    with importance(tuned, torch.full((2, 5, 4), 0.5)):
+        assert torch.allclose(model(x), twin(x))
+
+
+def test_every_group_of_features_has_its_weight_and_no_token_another_s() -> None:
+    model, x, tuned = made()
+    delta, base = part(tuned), net(12, 8, 6)[0].first
+    gamma = torch.rand(2, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with importance(tuned, gamma):
+        y = model.first(x)
+        y.sum().backward()
+    wide = gamma.repeat_interleave(3, dim=-1)[..., :12]
+    assert torch.allclose(y, base(x) + ((1 + wide) * x) @ delta.dense().T)
+    expected = (2.0 * delta.b.sum(0)[:, None] * ((1 + wide) * x).sum((0, 1))).detach()
+    assert torch.allclose(delta.a.grad, expected)
+
+
+def test_the_base_path_never_sees_the_weights() -> None:
+    model, x = net(12, 8, 6)
+    base = model(x)
+    tuned = attach(model, dw.RSTLoRA, **PLAIN)
+    with importance(tuned, torch.rand(2, 5)):
+        assert torch.allclose(model(x), base, atol=1e-14)
+
+
+def test_the_four_variants() -> None:
+    p = torch.rand(4, 4, 3, generator=torch.Generator().manual_seed(0)) * 0.9
+    p[range(4), range(4)] = 0
+    assert torch.allclose(importance_of(p, "p_w"), p.mean(1))
+    assert torch.allclose(importance_of(p, "p_wo"), p.mean((1, 2)))
+    assert torch.allclose(importance_of(p, "b_w"), (p >= 0.5).float().mean(1))
+    assert importance_of(p * 0.5, "b_w").abs().max() == 0 == importance_of(p * 0.5, "b_wo").abs().max()
+
+
+def test_tokens_take_their_units_weight_and_permuted_units_change_the_output() -> None:
+    values = torch.tensor([0.1, 0.7])
+    assert torch.equal(spread(values, torch.tensor([0, 0, 1, -1])), torch.tensor([0.1, 0.1, 0.7, 0.0]))
+    assert spread(values[:, None].repeat(1, 3), torch.tensor([1, -1])).shape == (2, 3)
+    model, x, tuned = made()
+    outputs = []
+    for units in ([0, 0, 1, 1, -1], [1, 1, 0, 0, -1]):
+        with importance(tuned, spread(values, torch.tensor(units)).repeat(2, 1)):
+            outputs.append(model(x))
+    assert not torch.allclose(outputs[0], outputs[1])
+
+
+def test_a_decoder_behind_an_encoder_has_none_and_generation_weighs_the_prompt() -> None:
+    model, batch = FAMILIES["t5"]()
+    tuned = dw.attach(model, dw.RSTLoRA(dropout=0.0), seed=0)
+    assert {("decoder" in p.site.path, p.reads) for p in tuned.parts()} == {(False, True), (True, False)}
+    nudge(tuned)
+    with importance(tuned, torch.rand(batch["input_ids"].shape)):
+        assert model(**batch).logits.isfinite().all()
+    model, batch = FAMILIES["llama"]()
+    tuned = dw.attach(model, dw.RSTLoRA(dropout=0.0), seed=0)
+    nudge(tuned, 0.3)
+    prompt = batch["input_ids"][:, :5]
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with importance(tuned, torch.rand(prompt.shape) * 3):
+        cached = model.generate(prompt, attention_mask=torch.ones_like(prompt), use_cache=True, **options)
+        assert torch.equal(
+            cached, model.generate(prompt, attention_mask=torch.ones_like(prompt), use_cache=False, **options)
+        )
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    model, x, tuned = made()
+    with importance(tuned, torch.rand(3, 5)), pytest.raises(ValueError, match="does not fit an input"):
+        model(x)
+    with pytest.raises(ValueError, match="never negative"), importance(tuned, -torch.ones(2, 5)):
+        pass
+    twin, _ = net(12, 8, 6)
+    lora = attach(twin, dw.LoRA)
+    with pytest.raises(ValueError, match="for rst_lora"), importance(lora, None):
+        pass
