@@ -1,0 +1,197 @@
+"""SwitchLoRA: switched low-rank adaptation can learn full-rank information (Zhou et al. 2024, arXiv:2406.06564).
+
+W' = W + S + s B A,  s = alpha / rank,  S = -s B0 A0 at the start. Before every step a few rows of A, and a few columns
+of B, are exchanged for candidates from a pool, and S takes up the difference, so the function stays. What a switched
+vector is multiplied by keeps still for `still` steps, its Adam moments and step count begun anew. Switches come at a
+rate of rank / interval a step and layer, the interval growing from `interval` by 1 / 0.3 within `decay` of the run.
+The base itself is untouched: S stands beside it in full precision, `in * out` values a layer, as the switches' sum has
+full rank. The rule makes the Adam step, since every row has a step count of its own; learning rate, betas and decay are
+those of the run's optimizer, which keeps no state for these tensors. Pools live on the CPU and go when training ends.
+Use it to pre-train, or to fine-tune at length, with a low-rank optimizer state; `also=` trains embeddings, norms, head.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core import fields
+from ...core.experts import PerExpert
+from ...core.init import uniform
+from ...core.method import WeightMethod
+from ...core.operators.shifted import Shifted
+from ...core.registry import method
+from ...core.rule import Rule, Run
+from ...core.tuned import Tuned
+from ...model.weights import Weight
+
+State = dict[str, Any]
+
+
+@method("switchlora", paper="2406.06564", family="lowrank")
+class SwitchLoRA(WeightMethod):
+    """LoRA whose vectors are exchanged while it trains; trains `rank * (in + out)` values a layer at a time."""
+
+    default_lr = 1e-2
+
+    rank: int | None = fields.positive(None, "r; none: a quarter of the layer's smaller width", optional=True)
+    alpha: float = fields.number(1.0, "numerator of the scale alpha / rank", above=0)
+    dropout: float = fields.fraction(0.0, "probability of dropping an input feature of the branch")
+    interval: float = fields.number(40.0, "steps between two switches of one vector, at the start", above=0)
+    decay: float = fields.number(0.1, "share of the run after which the rate of switches is 0.3 of the first", above=0)
+    still: int = fields.whole(5, "steps that the partner of a switched vector stands still")
+    seed: int = fields.whole(0, "seed of the pools, beside the run's")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.interval < 2 * self.still:
+            raise ValueError(
+                f"switchlora: interval={self.interval:g} must be at least twice still={self.still}, so that one of the "
+                "two factors can always move"
+            )
+
+    def _rank(self, weight: Weight) -> int:
+        smaller = min(weight.fan_in, weight.fan_out)
+        return min(self.rank or max(1, smaller // 4), smaller)
+
+    def delta(self, weight: Weight) -> Shifted:
+        r = self._rank(weight)
+        of_a, of_b = bounds(weight.fan_in, weight.fan_out, r)
+        a, b, scale = uniform(r, weight.fan_in, bound=of_a), uniform(weight.fan_out, r, bound=of_b), self.alpha / r
+        return Shifted(a, b, -scale * (b @ a), scale=scale, dropout=self.dropout)
+
+    def rules(self) -> list[Rule]:
+        return [Switching(self)]
+
+    def count(self, weight: Weight) -> int:
+        return self._rank(weight) * (weight.fan_in + weight.fan_out)
+
+
+def bounds(fan_in: int, fan_out: int, rank: int) -> tuple[float, float]:
+    """Largest values of A and of B at the start: sqrt 3 times the paper's deviations, whose gain is 1 / sqrt 3."""
+    gain = math.sqrt(3) * math.sqrt(1 / math.sqrt(3))
+    of_a = (math.sqrt(fan_out) * rank / fan_in**1.5) ** 0.25
+    return gain * of_a, gain * (rank / math.sqrt(fan_in * fan_out)) ** 0.25
+
+
+class Switching(Rule):
+    """Exchanges vectors and makes the Adam step.
+
+    Both factors are held as `... rank x width` here, B as its transpose.
+
+    Attributes:
+        sides: by factor's name: `pool` (`... candidates x width`, CPU), `slots` (where each vector belongs in it),
+            `next` (pool's and factor's pointers), `still` (steps that each vector yet stands still), and Adam's
+            `m`, `v` and `step` (one count a vector).
+    """
+
+    def __init__(self, method: SwitchLoRA) -> None:
+        self.method = method
+        self.sides: dict[str, State] = {}
+        self.generator = torch.Generator("cpu")
+
+    def attached(self, run: Run) -> None:
+        self.generator.manual_seed(run.seed * 1_000_003 + self.method.seed)
+        self.sides = {}
+        for name, factors in pairs(run.tuned):
+            fan_in, fan_out = factors["a"].shape[-1], factors["b"].shape[-1]
+            rank, size = factors["a"].shape[-2], min(fan_in, fan_out)
+            for (key, factor), bound in zip(factors.items(), bounds(fan_in, fan_out, rank), strict=False):
+                shape = (*factor.shape[:-2], size, factor.shape[-1])
+                self.sides[f"{name}.{key}"] = {
+                    "pool": torch.rand(shape, generator=self.generator, device="cpu") * 2 * bound - bound,
+                    "slots": list(range(size - rank, size)),
+                    "next": [0, 0 if key == "a" else rank // 2],
+                    "still": [0] * rank,
+                    "m": torch.zeros_like(factor),
+                    "v": torch.zeros_like(factor),
+                    "step": torch.zeros(rank, dtype=torch.int64),
+                }
+
+    def rate(self, rank: int, run: Run) -> float:
+        """Expected number of switches of one factor at this step."""
+        return rank / self.method.interval * 0.3 ** ((run.step + 1) / (self.method.decay * max(run.total_steps, 1)))
+
+    @torch.no_grad()
+    def gradients(self, run: Run) -> None:
+        if run.optimizer is None:
+            raise ValueError(
+                "switchlora takes its learning rate from the optimizer; give it to run(..., optimizer=...)"
+            )
+        groups = {id(p): group for group in run.optimizer.param_groups for p in group["params"]}
+        switched = 0
+        for name, factors in pairs(run.tuned):
+            part = dict(run.tuned.named_parts())[name]
+            for key, partner in (("a", "b"), ("b", "a")):
+                switched += self._switch(name, key, partner, factors, part, run)
+            for key, factor in factors.items():
+                parameter = part.get_parameter(key)
+                if parameter.grad is not None:
+                    gradient = parameter.grad if key == "a" else parameter.grad.mT
+                    self._adam(self.sides[f"{name}.{key}"], factor, gradient, groups[id(parameter)])
+                    parameter.grad = None  # the optimizer passes over what has no gradient
+        run.record("switchlora.switched", switched)
+
+    def _switch(self, name: str, key: str, partner: str, factors: dict[str, Tensor], part: nn.Module, run: Run) -> int:
+        side, other = self.sides[f"{name}.{key}"], self.sides[f"{name}.{partner}"]
+        rank, size = len(side["slots"]), side["pool"].shape[-2]
+        expected = self.rate(rank, run)
+        wanted = int(expected) + int(float(torch.rand((), generator=self.generator)) < expected - int(expected))
+        candidate, first = side["next"]
+        rows: list[int] = []
+        for k in ((first + i) % rank for i in range(min(wanted, rank))):
+            if side["still"][k] or other["still"][k]:
+                break
+            rows.append(k)
+        for k in rows:
+            vector, old = factors[key][..., k, :], factors[key][..., k, :].clone()
+            side["pool"][..., side["slots"][k], :] = old.to(side["pool"])
+            vector.copy_(side["pool"][..., candidate, :])
+            side["slots"][k], candidate = candidate, (candidate + 1) % size
+            left, right = (
+                (factors["b"][..., k, :], old - vector) if key == "a" else (old - vector, factors["a"][..., k, :])
+            )
+            part.get_parameter("shift").add_(left.unsqueeze(-1) * right.unsqueeze(-2), alpha=scale_of(part))
+            other["still"][k] = self.method.still
+            other["m"][..., k, :], other["v"][..., k, :], other["step"][k] = 0, 0, 0
+        side["next"] = [candidate, (first + len(rows)) % rank]
+        return len(rows)
+
+    def _adam(self, side: State, factor: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        beta1, beta2 = group.get("betas", (0.9, 0.999))
+        moves = torch.tensor([not steps for steps in side["still"]])
+        side["step"] += moves
+        side["still"] = [max(0, steps - 1) for steps in side["still"]]
+        on = moves.to(factor.device).unsqueeze(-1)
+        m, v = side["m"].to(factor), side["v"].to(factor)
+        m.copy_(torch.where(on, beta1 * m + (1 - beta1) * gradient, m))
+        v.copy_(torch.where(on, beta2 * v + (1 - beta2) * gradient.square(), v))
+        side["m"], side["v"] = m, v
+        count = side["step"].clamp(min=1).to(factor).unsqueeze(-1)
+        update = (m / (1 - beta1**count)) / ((v / (1 - beta2**count)).sqrt() + group.get("eps", 1e-8))
+        decayed = factor * (1 - group["lr"] * group.get("weight_decay", 0.0))
+        factor.copy_(torch.where(on, decayed - group["lr"] * update, factor))
+
+    def finished(self, run: Run) -> None:
+        self.sides = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sides": self.sides, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sides = {name: dict(side) for name, side in state["sides"].items()}
+        self.generator.set_state(state["generator"])
+
+
+def pairs(tuned: Tuned) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Name and factors of every part, vectors as rows; fused experts hold theirs stacked along a leading axis."""
+    for name, part in tuned.named_parts():
+        if isinstance(part, Shifted) or (isinstance(part, PerExpert) and part.kind == Shifted.__name__):
+            yield name, {"a": part.get_parameter("a").data, "b": part.get_parameter("b").data.mT}
+
+
+def scale_of(part: nn.Module) -> float:
+    """The factor of a part's product."""
+    return part.inner["scale"] if isinstance(part, PerExpert) else float(part.scale)  # type: ignore[arg-type]
