@@ -38,6 +38,12 @@ def test_a_norm_without_shift_trains_its_scale() -> None:
     assert [part.site.parameter for part in tuned.parts()] == ["weight"] * 5
 
 
+@pytest.mark.parametrize(("family", "name"), [("mamba", "norm"), ("falcon", "input_layernorm")])
+def test_a_block_with_a_single_norm_trains_that(family: str, name: str) -> None:
+    model, _ = FAMILIES[family]()
+    assert {part.site.path.rpartition(".")[2] for part in dw.attach(model, dw.LayerNorm()).parts()} == {name}
+
+
 def test_fisher_keeps_exactly_its_share_and_the_largest() -> None:
     model, batch = FAMILIES["bert_classification"]()
     batches = [batch]

@@ -38,8 +38,15 @@ class VectorMixture(Module):
             return y
         if self.site.rows is None:
             return recomputed(self._scaled, y, self.l, self.router)
-        rows = torch.tensor(self.site.rows, device=y.device)
+        rows = self._rows(y.device)
         return y.index_copy(-1, rows, recomputed(self._scaled, y.index_select(-1, rows), self.l, self.router))
+
+    def _rows(self, device: torch.device) -> Tensor:
+        kept = self.__dict__.get("_index")
+        if kept is None or kept.device != device:
+            with torch.inference_mode(False):
+                kept = self.__dict__["_index"] = torch.tensor(self.site.rows, device=device)
+        return kept
 
     def _scaled(self, v: Tensor, l: Tensor, router: Tensor) -> Tensor:
         parts = v.unflatten(-1, (self.heads, -1))

@@ -31,8 +31,6 @@ class LayerNorm(Method):
     """Scales and shifts of norms; trains `2 * width` values a norm (`width` where it has no shift)."""
 
     default_lr = 1e-3
-    refuses = ("mamba",)
-
     on: Any = fields.sites(NORM, "norms that train: mlp.norm (that of the feed-forward part), norm for all, ...")
     share: float | None = fields.number(
         None, "part of the entries that train, by Fisher information (needs data); none for all", above=0, high=1
@@ -63,7 +61,10 @@ class LayerNorm(Method):
                 yield Placed(site, Offset(zeros(len(measured[site])), measured[site], size), label(site))
 
     def _sites(self, base: Anatomy) -> Iterator[Site]:
-        for site in base.select(self.on):
+        # A block without a feed-forward norm of its own (a state-space mixer, a parallel block) has one for everything.
+        lone = self.on == NORM and not any(site.role == NORM for site in base.sites)
+        inside = [site for site in base.sites if site.kind == "norm" and site.block is not None]
+        for site in inside if lone and inside else base.select(self.on):
             if site.kind != "norm":
                 raise ValueError(f"layernorm: {site.path} is no norm; on={self.on!r} must name norms, as mlp.norm does")
             module = base.model.get_submodule(site.path)
