@@ -21,7 +21,11 @@ def table() -> str:
     for slug, cls in methods().items():
         page = sys.modules[cls.__module__].__doc__ or ""
         title = re.split(r" \(|\. |$", page.strip().splitlines()[0], maxsplit=1)[0].rstrip(".")
-        paper = f"[{cls.paper}](https://arxiv.org/abs/{cls.paper})" if re.match(r"\d{4}\.\d{4,5}$", cls.paper) else cls.paper
+        paper = (
+            f"[{cls.paper}](https://arxiv.org/abs/{cls.paper})"
+            if re.match(r"\d{4}\.\d{4,5}$", cls.paper)
+            else cls.paper
+        )
         merges, data = ("yes" if cls.mergeable else "no"), ("yes" if cls.needs_data else "")
         lines.append(f"| `{slug}` | {cls.family} | {paper} | {merges} | {data} | {title} |")
     return "\n".join(lines)

@@ -14,7 +14,9 @@ def command(
     output: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
     format: Annotated[str, typer.Option(help="peft, vllm (a plain LoRA it accepts) or deltaworks.")] = "peft",
     base: Annotated[str | None, typer.Option(help="The base; the one the adapter names, if not given.")] = None,
-    rank: Annotated[int | None, typer.Option(help="vllm: the LoRA's rank; the smallest exact one, if not given.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="vllm: the LoRA's rank; the smallest exact one, if not given.")
+    ] = None,
     task: Annotated[str, typer.Option(help="What the base is loaded for.")] = "causal-lm",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

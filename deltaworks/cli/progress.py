@@ -78,7 +78,10 @@ class Progress:
         adapter, speed = metrics["adapter"], metrics["throughput"]
         for name, text in (
             ("trained", f"{adapter['trainable']:,} of {adapter['total']:,} parameters, {_percent(adapter['share'])}"),
-            ("time", f"{speed['seconds']:.1f} s for {metrics['steps']} steps, {speed['tokens_per_second']:,.0f} tokens/s"),
+            (
+                "time",
+                f"{speed['seconds']:.1f} s for {metrics['steps']} steps, {speed['tokens_per_second']:,.0f} tokens/s",
+            ),
             ("memory", f"peak {metrics['peak_memory_bytes'] / 2**20:,.0f} MiB"),
             ("adapter", f"{result.adapter} ({adapter['stored_bytes']:,} bytes)"),
             ("report", str(result.report)),

@@ -69,7 +69,10 @@ def _signature() -> inspect.Signature:
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [
         inspect.Parameter(
-            "recipe", keyword, default=None, annotation=Annotated[Path | None, typer.Argument(help="A recipe's YAML file.")]
+            "recipe",
+            keyword,
+            default=None,
+            annotation=Annotated[Path | None, typer.Argument(help="A recipe's YAML file.")],
         )
     ]
     hints = typing.get_type_hints(Recipe)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from torch import nn
 
 from ..model.anatomy import Anatomy, Site, describe
 from ..model.kinds import GRAFT
-from ..model.weights import Weight, is_quantised, keep_differentiable
+from ..model.weights import Weight, consumes, is_quantised, keep_differentiable
 from .graft import Switchboard, graft, graft_of, ungraft
 from .method import Batches, Method, Placed, weight_at
 from .part import Delta, Part, Shared, Trained
@@ -104,7 +105,9 @@ def attach(
     measured = None
     if method.needs_data:
         if data is None:
-            raise ValueError(f"{method.slug} measures the model before it attaches; give batches: attach(..., data=batches)")
+            raise ValueError(
+                f"{method.slug} measures the model before it attaches; give batches: attach(..., data=batches)"
+            )
         measured = method.measure(base, data)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
@@ -118,7 +121,9 @@ def attach(
                 taken.add((item.site.path, item.site.parameter))
                 placed.append(item)
     if not placed:
-        raise ValueError(f"{method.slug} found nothing to change in {type(model).__name__} (on={getattr(method, 'on', None)!r})")
+        raise ValueError(
+            f"{method.slug} found nothing to change in {type(model).__name__} (on={getattr(method, 'on', None)!r})"
+        )
     return install(model, method, placed, shared, name=name)
 
 
@@ -148,12 +153,17 @@ def install(
     for item in placed:
         module = model.get_submodule(item.site.path)
         stored = module._parameters.get(item.site.parameter) if item.site.parameter else None
-        if isinstance(item.part, Trained) and stored is not None and (is_quantised(stored) or not stored.is_floating_point()):
+        if (
+            isinstance(item.part, Trained)
+            and stored is not None
+            and (is_quantised(stored) or not stored.is_floating_point())
+        ):
             raise ValueError(
                 f"{item.site.path}.{item.site.parameter} is quantised and cannot be trained itself; "
                 "load the base unquantised, or take a method that adds to it, such as lora"
             )
     keep_differentiable(model)
+    _tell_of_dropout(model, placed)
     if not state.adapters:
         state.flags = {path: parameter.requires_grad for path, parameter in model.named_parameters()}
         model.requires_grad_(False)
@@ -178,6 +188,25 @@ def install(
     return Tuned(model, name)
 
 
+def _tell_of_dropout(model: nn.Module, placed: Sequence[Placed]) -> None:
+    """Warn of dropout where a change enters through the weight as a whole, and no input is there to drop from."""
+    deaf = []
+    for item in placed:
+        dropout = getattr(item.part, "dropout", 0.0) or (getattr(item.part, "inner", None) or {}).get("dropout", 0.0)
+        if isinstance(item.part, Delta) and dropout:
+            kind = consumes(model.get_submodule(item.site.path))
+            special = {"embedding": "look_up", "convolution": "convolve"}.get(kind, "")
+            heard = item.part.lean if kind == "linear" else hasattr(item.part, special)
+            if not (heard and item.site.called and item.site.kind != "experts"):
+                deaf.append(item.site.name)
+    if deaf:
+        warnings.warn(
+            f"dropout does not act at {len(deaf)} places, the first {deaf[0]}: there the weight is changed as a whole "
+            "and the layer's input is not seen",
+            stacklevel=4,
+        )
+
+
 def _home(part: Part, model: nn.Module, site: Site) -> None:
     """Move a part to its module's device; trainable tensors in at least float32, as optimizers need."""
     path = site.path
@@ -198,7 +227,9 @@ def _home(part: Part, model: nn.Module, site: Site) -> None:
 
 def _check_name(name: str, state: State) -> None:
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) or hasattr(nn.Module, name) or name in ("board", "backup"):
-        raise ValueError(f"an adapter cannot be called {name!r}; take letters, digits, - and _, beginning with a letter")
+        raise ValueError(
+            f"an adapter cannot be called {name!r}; take letters, digits, - and _, beginning with a letter"
+        )
     if name in state.adapters:
         raise ValueError(f"the model already has an adapter {name!r}; detach it first or give another name")
 
@@ -426,7 +457,7 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Take an adapter (or all) out; with the last one gone the model is the base, bit for bit, flags and classes too."""
+    """Take an adapter (or all) out; with the last one gone the model is the base bit for bit, flags and classes too."""
     state = find_state(model)
     if state is None:
         return model
@@ -471,4 +502,3 @@ def bake(model: nn.Module, *, untie: bool = False) -> nn.Module:
         parameter.requires_grad_(state.flags.get(path, True))
     del model.__dict__["_deltaworks"]
     return model
-

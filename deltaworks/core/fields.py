@@ -40,7 +40,9 @@ def whole(default: int | None, help: str, *, low: int = 0, high: int | None = No
     def check(value: Any) -> str | None:
         if value is None and (optional or default is None):
             return None
-        good = isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
+        good = (
+            isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
+        )
         return None if good else wanted
 
     return field(default, help, check, wanted)
@@ -60,7 +62,7 @@ def number(
     def check(value: Any) -> str | None:
         if value is None and default is None:
             return None
-        good = _real(value) and low <= value <= high and (above is None or value > above)
+        good = value is not None and _real(value) and low <= value <= high and (above is None or value > above)
         return None if good else wanted
 
     return field(default, help, check, wanted)
@@ -80,10 +82,14 @@ def flag(default: bool, help: str) -> Any:
 def choice(default: Any, options: Sequence[Any], help: str) -> Any:
     """One of `options`."""
     wanted = "one of " + ", ".join(str(option) for option in options)
-    return field(default, help, lambda v: None if any(v == o and type(v) is type(o) for o in options) else wanted, wanted)
+    return field(
+        default, help, lambda v: None if any(v == o and type(v) is type(o) for o in options) else wanted, wanted
+    )
 
 
-def sites(default: Any, help: str = "where it acts: roles, regular expressions, module types, or a list of these") -> Any:
+def sites(
+    default: Any, help: str = "where it acts: roles, regular expressions, module types, or a list of these"
+) -> Any:
     """What `on=` accepts; whether it matches anything is known only once there is a model."""
     wanted = "a role, a regular expression, a module type, or a list of these"
 

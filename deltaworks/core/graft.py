@@ -9,8 +9,9 @@ names and attribute access are those of the base.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +134,8 @@ class Graft(nn.Module):
         y, rebuild = _output(result)
         y = y.clone()
         for name, parts in chosen.items():
-            rows = torch.tensor([i for i, n in enumerate(routing) if n == name], device=x.device)
+            mine = [row for row, chosen_name in enumerate(routing) if chosen_name == name]
+            rows = torch.tensor(mine, device=x.device)
             deltas = [part for part in parts if isinstance(part, Delta)]
             part_x = x.index_select(0, rows)
             if deltas:
@@ -192,7 +194,11 @@ def _output(result: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
 def _weighted(layer: nn.Module, call: Callable[..., Any], deltas: list[Delta], *args: Any, **kwargs: Any) -> Any:
     """The layer's output under its deltas: the side path where it is lean, the effective weight elsewhere."""
     kind = consumes(layer)
-    if kind == "linear" and len(args) + len(kwargs) == 1 and all(d.site.parameter in ("weight", "bias") for d in deltas):
+    if (
+        kind == "linear"
+        and len(args) + len(kwargs) == 1
+        and all(d.site.parameter in ("weight", "bias") for d in deltas)
+    ):
         return _linear(layer, call, deltas, args[0] if args else next(iter(kwargs.values())))
     if kind != "other" and len(args) == 1 and not kwargs:
         special = {"embedding": "look_up", "convolution": "convolve"}[kind]
@@ -207,8 +213,8 @@ def _weighted(layer: nn.Module, call: Callable[..., Any], deltas: list[Delta], *
 
 def _substituted(layer: nn.Module, call: Callable[..., Any], deltas: list[Delta], *args: Any, **kwargs: Any) -> Any:
     """The call with the changed parameters in the places of the stored ones."""
-    parameters = dict.fromkeys(delta.site.parameter for delta in deltas)
-    effective = {
+    parameters = dict.fromkeys(delta.site.parameter or "weight" for delta in deltas)
+    effective: dict[str, Any] = {
         name: _folded(layer, name, [delta for delta in deltas if delta.site.parameter == name]) for name in parameters
     }
     # An instance attribute hides the registered parameter of the same name, for the time of this call only.
@@ -221,7 +227,7 @@ def _substituted(layer: nn.Module, call: Callable[..., Any], deltas: list[Delta]
 
 
 def _folded(layer: nn.Module, parameter: str, deltas: Sequence[Delta]) -> Tensor:
-    """A parameter in storage layout with deltas folded in, one after the other; a bias that is missing counts as zero."""
+    """A parameter in storage layout with deltas folded in, one after the other; a missing bias counts as zero."""
     view = Weight(layer, parameter)
     whole = view.matrix() if view.stored is None else view.canonical(dequantised(layer, view.stored))
     for delta in deltas:
@@ -251,9 +257,11 @@ def _linear(layer: nn.Module, call: Callable[..., Tensor], deltas: list[Delta], 
     folds = [delta for delta in changes if delta not in sides]
     y: Tensor | None = None
     if folds:
+        if any(delta.training and getattr(delta, "dropout", 0.0) for delta in folds):
+            warnings.warn("dropout does not act where changes of one weight are folded one into the other", stacklevel=2)
         y = effective_linear(x, layer, folds)
     elif alone and sides[0].site.rows is None and type(stored) is nn.Parameter and not stored.requires_grad:
-        bias = layer._parameters["bias"] if "bias" in layer._parameters else None
+        bias = layer._parameters.get("bias")
         if not (bias is not None and bias.requires_grad):
             y = sides[0].with_base(x, weight.canonical(stored), bias)
             if y is not None:
@@ -351,7 +359,7 @@ def swapped(base: type, parameters: tuple[str, ...] = ()) -> type:
 
 def _revive(base: type, parameters: tuple[str, ...]) -> nn.Module:
     cls = swapped(base, parameters)
-    return cls.__new__(cls)
+    return cast(nn.Module, object.__new__(cls))
 
 
 def graft_of(module: nn.Module) -> Graft | None:

@@ -47,8 +47,10 @@ class Part(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """What a file keeps: own parameters and persistent buffers, borrowed modules left out."""
         lent = tuple(f"{name}." for name in self.borrowed)
-        return {name: value for name, value in self.state_dict().items() if not name.startswith(lent)} if lent else dict(
-            self.state_dict()
+        return (
+            {name: value for name, value in self.state_dict().items() if not name.startswith(lent)}
+            if lent
+            else dict(self.state_dict())
         )
 
     @classmethod
@@ -67,13 +69,17 @@ class Part(nn.Module):
             with torch.device("meta") if not direct else torch.device("cpu"):
                 part = cls(**settings, **direct, **shared)
         except (TypeError, RuntimeError, KeyError, OverflowError, MemoryError) as error:
-            raise ValueError(f"no {cls.__name__} can be made of {sorted(settings)} and {sorted(tensors)}: {error}") from None
+            raise ValueError(
+                f"no {cls.__name__} can be made of {sorted(settings)} and {sorted(tensors)}: {error}"
+            ) from None
         wanted = part.tensors()
         if set(wanted) != set(tensors):
             raise ValueError(f"{cls.__name__} has tensors {sorted(wanted)}, the file {sorted(tensors)}")
         for name, value in tensors.items():
             if wanted[name].shape != value.shape:
-                raise ValueError(f"{cls.__name__}.{name} has shape {list(wanted[name].shape)}, the file {list(value.shape)}")
+                raise ValueError(
+                    f"{cls.__name__}.{name} has shape {list(wanted[name].shape)}, the file {list(value.shape)}"
+                )
             if wanted[name].is_floating_point() != value.is_floating_point():
                 raise ValueError(f"{cls.__name__}.{name} has dtype {wanted[name].dtype}, the file {value.dtype}")
         if not direct:

@@ -30,7 +30,9 @@ def method(slug: str, *, paper: str, family: str) -> Callable[[M], M]:
         made = dataclasses.dataclass(kw_only=True, frozen=True)(cls)
         made.slug, made.paper, made.family = slug, paper, family
         if slug in _REGISTRY and _REGISTRY[slug].__qualname__ != made.__qualname__:
-            raise RuntimeError(f"two methods are called {slug!r}: {_REGISTRY[slug].__qualname__} and {made.__qualname__}")
+            raise RuntimeError(
+                f"two methods are called {slug!r}: {_REGISTRY[slug].__qualname__} and {made.__qualname__}"
+            )
         _REGISTRY[slug] = made
         return made
 

@@ -133,7 +133,9 @@ class Rules:
         """Take up `state_dict`'s content; the rules must be the same, in the same order."""
         kinds = [item["kind"] for item in state["rules"]]
         if kinds != [type(rule).__name__ for rule in self.rules]:
-            raise ValueError(f"the checkpoint has rules {kinds}, the run {[type(rule).__name__ for rule in self.rules]}")
+            raise ValueError(
+                f"the checkpoint has rules {kinds}, the run {[type(rule).__name__ for rule in self.rules]}"
+            )
         self.run.step, self.run.history = state["step"], state["history"]
         for rule, item in zip(self.rules, state["rules"], strict=True):
             rule.load_state_dict(item["state"])

@@ -66,7 +66,9 @@ def keep_differentiable(model: nn.Module) -> None:
             if getattr(weight.quant_state, "packing_format_for_cpu", False):
                 from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
-                weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+                weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(
+                    weight.data, weight.quant_state
+                )
 
 
 class Weight:
@@ -146,7 +148,7 @@ class Weight:
 
     @property
     def fan_out(self) -> int:
-        return self.shape[-2] if len(self.shape) > 1 else self.shape[0]
+        return self.shape[-2:][0]
 
     @property
     def experts(self) -> int | None:

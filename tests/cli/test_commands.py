@@ -58,7 +58,18 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tuned(base, data, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "one"
-    options = ["--steps", "3", "--batch-size", "4", "--max-length", "32", "--sample-length", "4", "--output", str(output)]
+    options = [
+        "--steps",
+        "3",
+        "--batch-size",
+        "4",
+        "--max-length",
+        "32",
+        "--sample-length",
+        "4",
+        "--output",
+        str(output),
+    ]
     with pytest.raises(SystemExit) as end:
         main(["tune", "--base", str(base), "--data", str(data), "--set", "rank=2", *options])
     assert not end.value.code

@@ -39,7 +39,9 @@ def settings(slug: str) -> Method:
     return dw.method(slug)
 
 
-def attach(model: nn.Module, slug: str, family: str, name: str = "default", dtype: torch.dtype = torch.float32) -> dw.Tuned:
+def attach(
+    model: nn.Module, slug: str, family: str, name: str = "default", dtype: torch.dtype = torch.float32
+) -> dw.Tuned:
     """Attach with defaults; methods that need data get it."""
     method = settings(slug)
     data = batches(family, dtype) if method.needs_data else None

@@ -1,4 +1,4 @@
-"""Every method on every kind of base: decoder, Conv1D decoder, encoder, encoder-decoder, vision, experts, state space."""
+"""Every method on every kind of base: decoders, encoder, encoder-decoder, vision, experts, state space."""
 
 from __future__ import annotations
 

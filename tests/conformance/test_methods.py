@@ -52,12 +52,7 @@ def test_the_number_of_trained_values_is_the_formula(slug: str) -> None:
     for _, part in tuned.named_parts():
         weight = weight_at(model, part.site)
         own = sum(p.numel() for name, p in part.named_parameters() if p.requires_grad)
-        lent = sum(
-            p.numel()
-            for name in part.borrowed
-            for p in getattr(part, name).parameters()
-            if p.requires_grad
-        )
+        lent = sum(p.numel() for name in part.borrowed for p in getattr(part, name).parameters() if p.requires_grad)
         assert own - lent == tuned.method.at(part.site.path).count(weight)
 
 

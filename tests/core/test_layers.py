@@ -69,7 +69,7 @@ def test_the_side_path_of_every_layer_equals_the_dense_weight(layer: str, method
     beside = model(*inputs)
     assert not torch.allclose(beside, base)
     plain = copy.deepcopy(dw.detach(copy.deepcopy(model)))
-    (_, part), = tuned.named_parts()
+    ((_, part),) = tuned.named_parts()
     view = Weight(plain.get_submodule(layer))
     with torch.no_grad():
         plain.get_submodule(layer).weight.copy_(view.layout(part.fold(view.matrix())))
@@ -183,3 +183,17 @@ def test_new_names_are_checked() -> None:
         dw.attach(model, dw.LoRA(on=["last"]))
     with pytest.raises(ValueError, match="it has default"):
         dw.activate(model, "other")
+
+
+def test_dropout_that_cannot_act_is_told() -> None:
+    import warnings
+
+    from tests.families import FAMILIES
+
+    model, _ = FAMILIES["mixtral"]()
+    with pytest.warns(UserWarning, match="dropout does not act at 4 places"):
+        dw.attach(model, dw.LoRA(rank=2, dropout=0.1))
+    dw.detach(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dw.attach(model, dw.LoRA(rank=2, dropout=0.1, on="attention"))

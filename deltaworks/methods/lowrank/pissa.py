@@ -21,7 +21,9 @@ class PiSSA(WeightMethod):
 
     rank: int = fields.positive(8, "inner dimension r; the paper takes 128")
     alpha: float | None = fields.number(None, "numerator of the scale; none for alpha = rank, as the paper", above=0)
-    niter: int | None = fields.whole(4, "subspace iterations of the fast SVD; none for the exact one", low=1, optional=True)
+    niter: int | None = fields.whole(
+        4, "subspace iterations of the fast SVD; none for the exact one", low=1, optional=True
+    )
 
     def delta(self, weight: Weight) -> LowRank:
         scale = 1.0 if self.alpha is None else self.alpha / self.rank
