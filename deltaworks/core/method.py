@@ -59,19 +59,25 @@ class Method:
     refuses: ClassVar[tuple[str, ...]] = ()
     overridable: ClassVar[bool] = True
 
-    overrides: dict[str, dict[str, Any]] = fields.mapping("other hyper-parameters where a module name matches a pattern")
+    overrides: dict[str, dict[str, Any]] = fields.mapping(
+        "other hyper-parameters where a module name matches a pattern"
+    )
 
     def __post_init__(self) -> None:
         fields.checked(self)
         if self.overrides and not self.overridable:
-            raise ValueError(f"{self.slug} is the same at all its places; it takes no overrides, {self.overrides!r} was given")
+            raise ValueError(
+                f"{self.slug} is the same at all its places; it takes no overrides, {self.overrides!r} was given"
+            )
         for pattern, settings in self.overrides.items():
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"{self.slug}: overrides has {pattern!r}, not a regular expression: {error}") from None
             if not isinstance(settings, dict):
-                raise ValueError(f"{self.slug}: overrides[{pattern!r}] must be a mapping of hyper-parameters, not {settings!r}")
+                raise ValueError(
+                    f"{self.slug}: overrides[{pattern!r}] must be a mapping of hyper-parameters, not {settings!r}"
+                )
             dataclasses.replace(self, overrides={}, **fields.parse(type(self), settings))
 
     def at(self, path: str) -> Method:
@@ -178,5 +184,5 @@ class _Expert(Weight):
     def experts(self) -> None:
         return None
 
-    def matrix(self):  # noqa: ANN201 - as the base class
+    def matrix(self):
         return self.whole.matrix()[self.number]
