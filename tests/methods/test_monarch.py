@@ -1,0 +1,108 @@
+"""Monarch matrices: the product, the projection, both modes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import deltaworks as dw
+from deltaworks.core.operators.monarch import Monarch, projected
+from tests.families import FAMILIES
+from tests.methods.toys import attach, net, nudge, part, saved_shapes, steps
+
+CASES = [(12, 12, 3, 4, 1), (12, 20, 4, 2, 2), (10, 7, 3, 2, 2), (6, 6, 2, 2, 3)]
+
+
+def made(out: int, fan_in: int, k: int, l: int, r: int, **settings) -> Monarch:
+    g = torch.Generator().manual_seed(0)
+    s, p = -(-out // l), -(-fan_in // k)
+    w1 = torch.randn(k, r * l, p, dtype=torch.float64, generator=g)
+    return Monarch(w1, torch.randn(l, s, k * r, dtype=torch.float64, generator=g), out, fan_in, **settings)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_entry_is_the_formula_and_the_fast_product_agrees(case: tuple[int, ...]) -> None:
+    out, fan_in, k, l, r = case
+    delta = made(*case)
+    m, p = delta.dense(), delta.w1.shape[2]
+    for i in range(out):
+        for j in range(fan_in):
+            s, own, kk, pp = i // l, i % l, j // p, j % p
+            entry = sum(delta.w2[own, s, kk * r + t] * delta.w1[kk, t * l + own, pp] for t in range(r))
+            assert torch.allclose(m[i, j], entry)
+    x = torch.randn(2, 3, fan_in, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(2, 3, out, dtype=torch.float64)
+    inputs = (x, delta.w1, delta.w2)
+    fast, dense = delta.side(x), x @ delta.dense().T
+    assert torch.allclose(fast, dense)
+    for a, b in zip(*(torch.autograd.grad(y, inputs, g) for y in (fast, dense)), strict=True):
+        assert torch.allclose(a, b)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_projecting_a_monarch_matrix_gives_it_back(case: tuple[int, ...]) -> None:
+    out, fan_in, k, l, r = case
+    m = made(*case).dense()
+    assert torch.allclose(Monarch(*projected(m, k, l, r), out, fan_in).dense(), m)
+
+
+def test_the_projection_drops_the_tails_and_is_a_minimum() -> None:
+    dense = torch.randn(12, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    delta = Monarch(*projected(dense, 4, 2, 2), 12, 20)
+    tails = sum(
+        torch.linalg.svdvals(dense[l::2, 5 * k : 5 * k + 5])[2:].square().sum() for l in range(2) for k in range(4)
+    )
+    error = (delta.dense() - dense).square().sum()
+    assert torch.allclose(error, tails)
+    error.backward()
+    assert max(p.grad.abs().max() for p in delta.parameters()) < 1e-12
+    with torch.no_grad():
+        for p in delta.parameters():
+            p.add_(1e-3 * torch.randn_like(p))
+    assert (delta.dense() - dense).square().sum() > error
+
+
+def test_the_rank_can_be_full() -> None:
+    assert torch.linalg.matrix_rank(made(12, 12, 3, 4, 1).dense()) == 12
+
+
+def test_beside_the_weight_it_starts_at_zero_and_in_its_place_at_the_projection() -> None:
+    model, x = net(12, 8, 6)
+    base = model(x)
+    attach(model, dw.Monarch)
+    assert torch.equal(model(x), base)
+    model, x = net(12, 8, 6)
+    weight, bias = model.first.weight.detach().clone(), model.first.bias
+    tuned = attach(model, dw.Monarch, mode="project", blocks=2, rank=2)
+    delta = part(tuned)
+    assert torch.allclose(model.first(x), x @ Monarch(*projected(weight, 2, 2, 2), 8, 12).dense().T + bias)
+    before = (model(x) - base).square().mean()
+    list(steps(model, x, tuned, 3))
+    output = model(x)
+    assert torch.allclose(model.first(x), x @ delta.dense().T + bias) and before > 0
+    dw.merge(model)
+    assert torch.allclose(model(x), output)
+
+
+def test_a_full_projection_changes_nothing_even_in_part_of_a_fused_layer() -> None:
+    model, batch = FAMILIES["gpt2"]()
+    base = model(**batch).logits
+    tuned = dw.attach(model, dw.Monarch(mode="project", rank=64, on=["attention.query", "mlp"]), seed=0)
+    assert torch.allclose(model(**batch).logits, base, atol=1e-4)
+    nudge(tuned)
+    assert not torch.allclose(model(**batch).logits, base, atol=1e-3)
+
+
+def test_the_official_width_and_the_count() -> None:
+    model, _ = net(32, 32, 16)
+    tuned = attach(model, dw.Monarch, rank=None)
+    assert part(tuned).w1.shape == (4, 8, 8) and part(tuned).w2.shape == (4, 8, 8)
+    with pytest.raises(ValueError, match="dropout=0.1 is for mode='delta'"):
+        dw.Monarch(mode="project", dropout=0.1)
+
+
+def test_training_keeps_the_input_only() -> None:
+    model, x = net(64, 48, 32)
+    attach(model, dw.Monarch)
+    x.requires_grad_()
+    assert saved_shapes(lambda: model.first(x)) == [(2, 5, 64)]
