@@ -1,0 +1,110 @@
+"""SURM: structured tiles against the matrices that define them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import deltaworks as dw
+from deltaworks.core.operators.structured_tiles import STRUCTURES, StructuredTiles
+from tests.methods.toys import attach, net, nudge, part, saved_shapes
+
+
+def made(structure: str, rows: int = 2, columns: int = 3, n: int = 5, pairs: int = 1) -> StructuredTiles:
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(rows, columns, pairs, n, dtype=torch.float64, generator=g) for _ in "ab")
+    return StructuredTiles(a, b, structure, scale=0.5)
+
+
+def circulant(c: Tensor, sign: float = 1.0) -> Tensor:
+    """First column c; entries above the diagonal multiplied by `sign`."""
+    n = len(c)
+    return torch.stack([torch.stack([c[(p - q) % n] * (sign if q > p else 1) for q in range(n)]) for p in range(n)])
+
+
+def toeplitz(v: Tensor) -> Tensor:
+    n = torch.arange(len(v))
+    return v[(n - n.unsqueeze(1)).abs()]
+
+
+def defined(delta: StructuredTiles) -> Tensor:
+    def tile(a: Tensor, b: Tensor) -> Tensor:
+        if delta.structure == "circulant":
+            return circulant((b * a)[0])
+        if delta.structure == "toeplitz":
+            return toeplitz(b[0]) @ toeplitz(a[0])
+        return torch.stack([circulant(b[t]) @ circulant(a[t], -1.0) for t in range(len(a))]).sum(0)
+
+    rows, columns = delta.a.shape[:2]
+    grid = [torch.cat([tile(delta.a[i, j], delta.b[i, j]) for j in range(columns)], 1) for i in range(rows)]
+    return delta.scale * torch.cat(grid)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("n", [1, 5, 6])
+def test_the_transform_is_the_matrix_in_outputs_and_gradients(structure: str, n: int) -> None:
+    delta = made(structure, n=n, pairs=2 if structure == "ldr" else 1)
+    assert torch.allclose(delta.dense(), defined(delta))
+    x = torch.randn(2, 3, 3 * n, dtype=torch.float64, requires_grad=True)
+    fast, dense = delta.side(x), x @ defined(delta).T
+    g = torch.randn_like(fast)
+    assert torch.allclose(fast, dense)
+    for a, b in zip(*(torch.autograd.grad(y, (x, delta.a, delta.b), g) for y in (fast, dense)), strict=True):
+        assert torch.allclose(a, b)
+
+
+def test_circulants_commute_with_the_shift_and_displacement_ranks_are_low() -> None:
+    n = 8
+    shift = torch.roll(torch.eye(n, dtype=torch.float64), 1, 0)
+    m = made("circulant", 1, 1, n).dense()
+    assert torch.allclose(m @ shift, shift @ m)
+    skew = shift.clone()
+    skew[0, -1] = -1
+    for pairs in (1, 2):
+        m = made("ldr", 1, 1, n, pairs).dense()
+        assert torch.linalg.matrix_rank(shift @ m - m @ skew, atol=1e-10) <= pairs
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_two_values_a_feature_reach_full_rank(structure: str) -> None:
+    delta = made(structure, 1, 1, 8)
+    assert torch.linalg.matrix_rank(delta.dense()) == 8 and sum(p.numel() for p in delta.parameters()) == 16
+
+
+@pytest.mark.parametrize("structure", [*STRUCTURES, "kronecker"])
+def test_every_structure_starts_unchanged_and_merges(structure: str) -> None:
+    model, x = net(12, 8, 6)
+    base = model(x)
+    tuned = attach(model, dw.SURM, structure=structure)
+    assert torch.equal(model(x), base)
+    nudge(tuned)
+    beside = model(x)
+    assert not torch.allclose(beside, base)
+    dw.merge(model)
+    assert torch.allclose(model(x), beside)
+
+
+def test_the_kronecker_product_has_the_small_factor_inside() -> None:
+    model, _ = net(12, 8, 6)
+    tuned = attach(model, dw.SURM, structure="kronecker", rank=4, alpha=2.0)
+    nudge(tuned)
+    delta = part(tuned)
+    assert delta.w1.shape == (2, 4) and delta.w2.shape == (4, 3)
+    assert torch.allclose(delta.dense(), 0.5 * torch.kron(delta.w1, delta.w2))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"tile=3 does not divide first \(8 x 12\); take a divisor of 4, or none"):
+        attach(net(12, 8, 6)[0], dw.SURM, tile=3)
+    with pytest.raises(ValueError, match="pairs=2 is for structure='ldr'"):
+        dw.SURM(pairs=2)
+    with pytest.raises(ValueError, match="neither dropout nor tiles"):
+        dw.SURM(structure="kronecker", dropout=0.1)
+
+
+def test_training_keeps_the_input_only() -> None:
+    model, x = net(64, 32, 32)
+    attach(model, dw.SURM)
+    x.requires_grad_()
+    assert saved_shapes(lambda: model.first(x)) == [(2, 5, 64)]
