@@ -35,7 +35,7 @@ def test_only_the_pattern_changes_between_the_singular_vectors(pattern: str) -> 
 
 
 def test_a_full_band_reaches_any_target() -> None:
-    model, x = net(8, 8, 8)
+    model, _ = net(8, 8, 8)
     weight = model.first.weight.detach().clone()
     target = torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     delta = part(attach(model, dw.SVFT, pattern="banded", band=7))
