@@ -131,44 +131,57 @@ def read_adapter(tuned: Tuned, folder: Path) -> None:
         if found != set(places):
             odd = sorted(found ^ set(places))[:3]
             raise ValueError(f"{path} does not fit the adapter {tuned.name!r} ({tuned.method.slug}): {', '.join(odd)}")
-        for name, put in places.items():
-            put(file.get_tensor(name))
+        for name, (module, leaf) in places.items():
+            _put(module, leaf, file.get_tensor(name))
 
 
-def _places(tuned: Tuned) -> dict[str, Callable[[Tensor], None]]:
-    """For every tensor that a file keeps, what puts a value there."""
-    places: dict[str, Callable[[Tensor], None]] = {}
+def _places(tuned: Tuned) -> dict[str, tuple[nn.Module, str]]:
+    """For every tensor that a file keeps, the module that holds it, and its name there."""
+    places: dict[str, tuple[nn.Module, str]] = {}
     for name, part in tuned.named_parts():
         if isinstance(part, Trained):
             parameter = part.site.parameter or "weight"
             full = f"{part.site.path}.{parameter}".lstrip(".")
-            places[full] = _setter(tuned.model.get_submodule(part.site.path), parameter)
+            places[full] = tuned.model.get_submodule(part.site.path), parameter
         else:
             for inner in part.tensors():
                 owner, _, leaf = inner.rpartition(".")
-                places[f"{name}.{inner}"] = _setter(part.get_submodule(owner), leaf)
+                places[f"{name}.{inner}"] = part.get_submodule(owner), leaf
     for key, module in tuned.state.adapters[tuned.name].shared.items():
         for inner in module.state_dict():
             owner, _, leaf = inner.rpartition(".")
-            places[f"shared.{key}.{inner}"] = _setter(module.get_submodule(owner), leaf)
+            places[f"shared.{key}.{inner}"] = module.get_submodule(owner), leaf
     return places
 
 
-def _setter(module: nn.Module, leaf: str) -> Callable[[Tensor], None]:
-    def put(value: Tensor) -> None:
-        stored = module._parameters.get(leaf)
-        stored = stored if stored is not None else module._buffers[leaf]
-        assert stored is not None
-        if isinstance(stored, DTensor):
-            value = distribute_tensor(value.to(stored.device), stored.device_mesh, stored.placements)
-        if stored.shape == value.shape:
-            with torch.no_grad():
-                stored.copy_(value)
-        else:
-            # The same tensor object with other content: optimizers and DDP hold on to it.
-            stored.data = value.to(stored.device, stored.dtype)
+def _put(module: nn.Module, leaf: str, value: Tensor) -> None:
+    stored = module._parameters.get(leaf)
+    stored = stored if stored is not None else module._buffers[leaf]
+    assert stored is not None
+    if isinstance(stored, DTensor):
+        value = distribute_tensor(value.to(stored.device), stored.device_mesh, stored.placements)
+    if stored.shape == value.shape:
+        with torch.no_grad():
+            stored.copy_(value)
+    else:
+        # The same tensor object with other content: optimizers and DDP hold on to it.
+        stored.data = value.to(stored.device, stored.dtype)
 
-    return put
+
+@contextlib.contextmanager
+def unsharded(tuned: Tuned) -> Iterator[None]:
+    """Within the block an adapter's parameters are whole in every process; every process must enter it."""
+    held: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        for module, leaf in _places(tuned).values():
+            stored = module._parameters.get(leaf)
+            if isinstance(stored, DTensor):
+                held.append((module, leaf, stored))  # type: ignore[arg-type]
+                module._parameters[leaf] = nn.Parameter(whole(stored.detach()), requires_grad=stored.requires_grad)
+        yield
+    finally:
+        for module, leaf, stored in held:
+            module._parameters[leaf] = stored
 
 
 def whole(value: Tensor) -> Tensor:

@@ -208,8 +208,10 @@ class DeltaworksMixin(_Base):
         from ..adapters import save
 
         folder = output_dir or self.args.output_dir
-        if self.args.should_save and folder is not None:
-            save(self.tuned.model, folder)
+        handle = self.tuned
+        with saved.unsharded(handle):
+            if self.args.should_save and folder is not None:
+                save(handle, folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.store_flos()

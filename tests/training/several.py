@@ -111,6 +111,11 @@ def trained(rank: int, world: int, folder: Path, fully: bool = False) -> Any:
         made.train(resume_from_checkpoint=str(folder / "trainer" / "checkpoint-3"))
         again = {name: checkpoint.whole(value.detach()) for name, value in made.tuned.tensors().items()}
         assert all(torch.equal(value, first[name]) for name, value in again.items()), "resuming changed the result"
+    made.save_model(str(folder / "artifact"))
+    if rank == 0:
+        model, _ = FAMILIES["llama"]()
+        stored = dw.load(model, folder / "artifact").tensors()
+        assert all(torch.equal(value, first[name]) for name, value in stored.items()), "the artifact differs"
     return [entry["loss"] for entry in made.state.log_history if "loss" in entry], first
 
 
