@@ -7,7 +7,8 @@ import functools
 import inspect as introspect
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -230,16 +231,12 @@ def check_settings(cls: type, settings: dict[str, Any], wanted: set[str]) -> Non
         raise ValueError(f"{cls.__name__} has settings {sorted(wanted)}, the file {sorted(settings)}")
     hints = _hints(cls)
     for name, value in settings.items():
-        kinds = (
-            {kind for kind in (get_args(hints[name]) or (hints[name],)) if isinstance(kind, type)}
-            if name in hints
-            else set()
-        )
-        plain = kinds & {int, float, bool, str, type(None)}
-        if float in plain:
-            plain.add(int)
-        if plain and plain == kinds | (plain & {int}) and type(value) not in plain:
-            wanted_type = introspect.formatannotation(hints[name])
+        hint = hints.get(name, Any)
+        kinds = set(get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,))
+        if float in kinds:
+            kinds.add(int)
+        if kinds <= {int, float, bool, str, type(None)} and type(value) not in kinds:
+            wanted_type = introspect.formatannotation(hint)
             raise ValueError(f"{cls.__name__}: {name}={value!r} is not allowed; it must be {wanted_type}")
         if type(value) is int and "seed" not in name and abs(value) >= 1 << 32:
             raise ValueError(f"{cls.__name__}: {name}={value} is out of range")

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from ..core.experts import PerExpert
 from ..core.method import weight_at
-from ..core.operators.low_rank import Factored
 from ..core.part import Delta, Part
 from ..core.tuned import Tuned
 from ..model.weights import CONVOLUTIONS, Weight
 from .files import OWN, PEFT_CONFIG, PEFT_WEIGHTS, Replacement, inside, read_json, write_json
 from .peft.draft import Draft
-from .peft.lora import combined
+from .peft.factors import combined, is_product
 from .peft.targets import named
 from .recompress import Pair, of_matrix, padded, truncated
 from .weights import read_header, write_tensors
@@ -216,7 +215,7 @@ def _mergeable(handle: Tuned, part: Part) -> Delta:
 
 
 def _own_rank(draft: Draft, parts: list[Part]) -> int:
-    if not all(isinstance(part, Factored) for part in parts):
+    if not all(is_product(part) for part in parts):
         raise ValueError(
             f"{draft.method.slug} has no factors at {parts[0].site.name}; give the rank to approximate its change with"
         )
@@ -226,7 +225,7 @@ def _own_rank(draft: Draft, parts: list[Part]) -> int:
 @torch.no_grad()
 def _pair(draft: Draft, parts: list[Part], rank: int) -> Pair:
     """What the parts of one layer change, as factors of at most this rank."""
-    if all(isinstance(part, Factored) for part in parts):
+    if all(is_product(part) for part in parts):
         factors = combined(draft, parts)
         a, b = factors.a, factors.b * factors.scale
         if factors.rank > rank:

@@ -1,14 +1,13 @@
 """LoRA, DoRA and everything that is a product of two factors: PEFT's `LORA`.
 
-Read: rank and alpha patterns, rsLoRA, DoRA, embeddings, convolutions, fused experts (`target_parameters`), a start from
-PiSSA's or OLoRA's factors. Written: any part that has factors; a start that is subtracted becomes a LoRA of rank 2r.
+Read: rank and alpha patterns, rsLoRA, DoRA, embeddings, convolutions, fused experts (`target_parameters`), and PiSSA's
+exact start. `factors` writes: any part that has factors; a start that is subtracted becomes a LoRA of rank 2r.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from dataclasses import dataclass
+import re
 from typing import Any
 
 import torch
@@ -16,14 +15,15 @@ from torch import Tensor, nn
 
 from ...core.experts import PerExpert
 from ...core.operators.decomposed import Decomposed
-from ...core.operators.low_rank import Factored, LowRank
-from ...core.part import Delta, Part
+from ...core.operators.low_rank import LowRank
+from ...core.part import Delta
 from ...model.weights import CONVOLUTIONS, Weight
 from ..reading import Plan
-from .draft import Draft, number
+from .factors import fits, write
 from .source import Source, refuse
-from .targets import ends_with, modules, named, pattern_for, patterns
+from .targets import ends_with, modules, pattern_for
 
+__all__ = ["KIND", "fits", "read", "write"]
 KIND = "LORA"
 ELSEWHERE = {
     "lora_bias": "the factors have no bias here",
@@ -49,13 +49,6 @@ HARMLESS = (
 STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
-def fits(part: Part) -> bool:
-    """Whether a part can be written as PEFT's LoRA."""
-    if isinstance(part, PerExpert):
-        return part.kind == "LowRank"
-    return isinstance(part, (Factored, Decomposed))
-
-
 def read(source: Source) -> Plan:
     """A `LORA` folder as an adapter."""
     for key, why in ELSEWHERE.items():
@@ -71,49 +64,42 @@ def read(source: Source) -> Plan:
     if parameters and "target_modules" not in source.keys:
         source.keys["target_modules"] = []
     targets = source.targets()
+    fused = _parameters(source, parameters)
     root = math.sqrt if rslora else float
-    scales, sizes = {}, {}
-    for path in (*targets, *(f"{owner}.{name}" for owner, name, _ in _parameters(source, parameters))):
-        sizes[path] = pattern_for(ranks, path, rank)
-        scales[path] = pattern_for(alphas, path, alpha) / root(sizes[path])
+    meant: dict[str, tuple[int, float]] = {}
+    for path in (*targets, *(f"{owner}.{name}" for owner, name, _ in fused)):
+        meant[path] = pattern_for(ranks, path, rank), float(pattern_for(alphas, path, alpha))
+    scales = {path: own_alpha / root(own_rank) for path, (own_rank, own_alpha) in meant.items()}
     for path in targets:
-        _read_module(source, path, sizes[path], scales[path], dropout, dora, start)
-    for owner, name, depth in _parameters(source, parameters):
-        _read_parameter(source, owner, name, depth, sizes[f"{owner}.{name}"], scales[f"{owner}.{name}"])
+        _read_module(source, path, meant[path][0], scales[path], dropout, dora, start)
+    for owner, name, depth in fused:
+        place = f"{owner}.{name}"
+        _read_parameter(source, owner, name, depth, meant[place][0], scales[place])
     source.biases(targets, "lora_only")
-    on = source.on if targets else parameters
-    common = {"on": on, "rank": rank, "dropout": dropout}
-    own = _overrides(
-        ranks, alphas, {path: (sizes[path], scales[path] * root(sizes[path])) for path in sizes}, rank, alpha
-    )
-    if dora:
-        own = (
-            {p: {"rank": r, "alpha": scales[p] * r} for p, r in sizes.items() if (r, scales[p] * r) != (rank, alpha)}
-            if rslora
-            else own
-        )
-        return source.plan(source.made("dora", **common, alpha=alpha, overrides=own))
-    if start == "pissa":
-        del common["dropout"]
-        return source.plan(source.made("pissa", **common, alpha=alpha * rank / root(rank), niter=None))
-    return source.plan(source.made("lora", **common, alpha=alpha, rslora=rslora, overrides=own))
+    settings: dict[str, Any] = {"on": source.on if targets else parameters, "rank": rank}
+    if dora or start == "pissa":
+        if rslora:  # these methods divide alpha by the rank
+            ranks, alphas, alpha = {}, {}, alpha * rank / root(rank)
+            meant = {path: (own_rank, scales[path] * own_rank) for path, (own_rank, _) in meant.items()}
+        settings |= {"dropout": dropout} if dora else {"niter": None}
+    else:
+        settings |= {"dropout": dropout, "rslora": rslora}
+    settings |= {"alpha": alpha, "overrides": _overrides(ranks, alphas, meant, rank, alpha)}
+    return source.plan(source.made("dora" if dora else "pissa" if start == "pissa" else "lora", **settings))
 
 
 def _overrides(
     ranks: dict[str, int], alphas: dict[str, float], meant: dict[str, tuple[int, float]], rank: int, alpha: float
 ) -> dict[str, dict[str, Any]]:
-    """Two maps of patterns as one; by module where patterns of the two maps meet at a module."""
+    """Two maps of patterns as one; by module where that would not give every module what it is meant to have."""
     merged: dict[str, dict[str, Any]] = {pattern: {"rank": value} for pattern, value in ranks.items()}
     for pattern, value in alphas.items():
         merged.setdefault(pattern, {})["alpha"] = float(value)
-    for path, (own_rank, own_alpha) in meant.items():
+    for path, values in meant.items():
         found = pattern_for(merged, path, {})
-        if (found.get("rank", rank), found.get("alpha", alpha)) != (own_rank, own_alpha) and (ranks and alphas):
-            import re
-
-            return {
-                re.escape(p): {"rank": r, "alpha": float(a)} for p, (r, a) in meant.items() if (r, a) != (rank, alpha)
-            }
+        if (found.get("rank", rank), found.get("alpha", alpha)) != values:
+            others = {path: own for path, own in meant.items() if own != (rank, alpha)}
+            return {re.escape(path): {"rank": own[0], "alpha": own[1]} for path, own in others.items()}
     return merged
 
 
@@ -188,152 +174,3 @@ def _read_parameter(source: Source, path: str, parameter: str, depth: int, rank:
     b = b.reshape(b.shape[0], rank, count).permute(2, 0, 1).contiguous()
     each: list[Delta] = [LowRank(a[i].clone(), b[i].clone(), scale=scale) for i in range(count)]
     source.place(path, parameter, PerExpert(each) if count > 1 else each[0])
-
-
-@dataclass
-class Factors:
-    """What one module or parameter gets: factors with a leading axis for experts where there are any."""
-
-    a: Tensor
-    b: Tensor
-    scale: float
-    magnitude: Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[-2]
-
-
-def write(draft: Draft) -> dict[str, Any]:
-    """An adapter of factored parts as a `LORA` configuration; its tensors go into the draft."""
-    by_place: dict[tuple[str, str], list[Part]] = {}
-    for part in draft.parts:
-        by_place.setdefault((part.site.path, part.site.parameter or "weight"), []).append(part)
-    found = {place: combined(draft, parts) for place, parts in by_place.items()}
-    dora = {factors.magnitude is not None for factors in found.values()}
-    if len(dora) > 1:
-        raise draft.refuse("use_dora", "some layers have magnitudes and some have none")
-    fused = {place for place in found if draft.model.get_submodule(place[0])._parameters[place[1]].dim() == 3}  # type: ignore[union-attr]
-    fused -= {place for place in fused if isinstance(draft.model.get_submodule(place[0]), CONVOLUTIONS)}
-    other = next((place for place in found if place[1] != "weight" and place not in fused), None)
-    if other:
-        raise draft.refuse(".".join(other), "target_parameters holds fused experts only")
-    targets = [path for path, parameter in found if (path, parameter) not in fused]
-    rslora = bool(getattr(draft.method, "rslora", False)) and all(_plain(parts) for parts in by_place.values())
-    root = math.sqrt if rslora else float
-    names = {place: place[0] if place not in fused else ".".join(place) for place in found}
-    rank, rank_pattern = patterns({names[place]: factors.rank for place, factors in found.items()})
-    alpha, alpha_pattern = patterns(
-        {names[place]: _alpha(draft, place[0], factors, root) for place, factors in found.items()}
-    )
-    dropout = _dropout(draft, bool(fused))
-    for (path, parameter), factors in found.items():
-        _put(draft, path, parameter, factors, [name for place, name in fused if place == path])
-    bias = draft.biases(targets, "lora_only")
-    return draft.config(
-        KIND,
-        r=rank,
-        lora_alpha=number(alpha),
-        lora_dropout=dropout,
-        target_modules=named(draft.model, targets) if targets else [],
-        target_parameters=[names[place] for place in found if place in fused] or None,
-        rank_pattern=rank_pattern,
-        alpha_pattern={key: number(value) for key, value in alpha_pattern.items()},
-        use_rslora=rslora,
-        use_dora=dora == {True},
-        bias=bias,
-        modules_to_save=draft.saved(),
-        fan_in_fan_out=draft.conv1d(targets),
-        init_lora_weights=True,
-        layers_to_transform=None,
-        layers_pattern=None,
-    )
-
-
-def _plain(parts: list[Part]) -> bool:
-    return len(parts) == 1 and getattr(parts[0], "a0", None) is None
-
-
-def _alpha(draft: Draft, path: str, factors: Factors, root: Any) -> float:
-    """The alpha that PEFT divides back to our scale: the method's own where that is the one."""
-    own = getattr(draft.method.at(path), "alpha", None)
-    if own is not None and own / root(factors.rank) == factors.scale:
-        return float(own)
-    return factors.scale * root(factors.rank)
-
-
-def _dropout(draft: Draft, fused: bool) -> float:
-    layers = [part for part in draft.parts if not isinstance(part, PerExpert)]
-    layers = [part for part in layers if not isinstance(draft.model.get_submodule(part.site.path), nn.Embedding)]
-    rates = {float(getattr(part, "dropout", 0.0)) for part in layers}
-    if fused:
-        rates |= {float(part.inner.get("dropout", 0.0)) for part in draft.parts if isinstance(part, PerExpert)}
-        if rates - {0.0}:
-            warnings.warn("dropout is written as 0: PEFT has none where target_parameters adapts experts", stacklevel=5)
-        return 0.0
-    if len(rates) > 1:
-        raise draft.refuse("dropout", f"PEFT has one for all layers, here are {sorted(rates)}")
-    return rates.pop() if rates else 0.0
-
-
-@torch.no_grad()
-def combined(draft: Draft, parts: list[Part]) -> Factors:
-    """The parts at one parameter as one pair of factors; parts of a fused layer fill their own rows."""
-    every = [_factors(part) for part in parts]
-    if len(every) == 1 and parts[0].site.rows is None:
-        return every[0]
-    if any(factors.magnitude is not None for factors in every):
-        raise draft.refuse(parts[0].site.name, "magnitudes of parts of a fused layer are not the whole layer's")
-    height = Weight(draft.model.get_submodule(parts[0].site.path), parts[0].site.parameter or "weight").fan_out
-    one = len({factors.scale for factors in every}) == 1
-    rows = []
-    for part, factors in zip(parts, every, strict=True):
-        b = factors.b if one else factors.b * factors.scale
-        if part.site.rows is not None:
-            index = torch.tensor(part.site.rows, device=b.device)
-            b = b.new_zeros(*b.shape[:-2], height, b.shape[-1]).index_copy(-2, index, b)
-        rows.append(b)
-    a = torch.cat([factors.a for factors in every], dim=-2)
-    # With one scale for all, keeping it would need alpha to grow with the summed rank; it does.
-    return Factors(a, torch.cat(rows, dim=-1), every[0].scale if one else 1.0)
-
-
-def _factors(part: Part) -> Factors:
-    if isinstance(part, Decomposed):
-        return Factors(part.a.detach(), part.b.detach(), part.scale, part.magnitude.detach())
-    if isinstance(part, PerExpert):
-        own = dict(part.named_parameters())
-        a, b = own["a"].detach(), own["b"].detach()
-        if "a0" in own:
-            a, b = torch.cat([a, own["a0"].detach()], dim=-2), torch.cat([b, -own["b0"].detach()], dim=-1)
-        return Factors(a, b, float(part.inner["scale"]))
-    assert isinstance(part, Factored)
-    a, b = part.factors()
-    return Factors(a.detach(), b.detach(), part.scale)
-
-
-def _put(draft: Draft, path: str, parameter: str, factors: Factors, wrapped: list[str]) -> None:
-    layer, a, b = draft.model.get_submodule(path), factors.a, factors.b
-    if a.dim() == 3:
-        order = [name for name in layer._parameters if name in wrapped]
-        inner = path + ".base_layer" * (len(order) - 1 - order.index(parameter))
-        draft.put(f"{inner}.lora_A.weight", a.reshape(-1, a.shape[-1]))
-        draft.put(f"{inner}.lora_B.weight", b.permute(1, 2, 0).reshape(b.shape[1], -1))
-    elif isinstance(layer, nn.Embedding):
-        draft.put(f"{path}.lora_embedding_A", a)
-        draft.put(f"{path}.lora_embedding_B", b)
-    elif isinstance(layer, CONVOLUTIONS):
-        if layer.groups != 1 or layer.padding_mode != "zeros":
-            raise draft.refuse(
-                path, "PEFT adapts convolutions in groups, or with padding other than zeros, differently"
-            )
-        ones = [1] * (layer.weight.dim() - 2)
-        draft.put(f"{path}.lora_A.weight", a.reshape(a.shape[0], *layer.weight.shape[1:]))
-        draft.put(f"{path}.lora_B.weight", b.reshape(*b.shape, *ones))
-    else:
-        draft.put(f"{path}.lora_A.weight", a)
-        draft.put(f"{path}.lora_B.weight", b)
-    if factors.magnitude is not None:
-        spread = isinstance(layer, CONVOLUTIONS)
-        shape = (1, -1, *[1] * (layer.weight.dim() - 2)) if spread else (-1,)  # type: ignore[operator, union-attr]
-        draft.put(f"{path}.lora_magnitude_vector", factors.magnitude.reshape(shape))
