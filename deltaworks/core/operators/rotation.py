@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from ...model.weights import Weight
 from ..part import Delta
 
+WORTHWHILE = 32
+"""Side of a block from which on products of single blocks are fast."""
+
 
 class Rotation(Delta):
     """Base of the orthogonal operators; a subclass defines `turned`."""
@@ -72,7 +75,8 @@ class Householder(Rotation):
             one = torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
             core = 2 * one if self.orthogonal else torch.linalg.inv(torch.triu(u.T @ u, 1) + one / 2)
         u, core = u.to(x.dtype), core.to(x.dtype)
-        return x - ((x @ u) @ (core if back else core.T)) @ u.T
+        flat = x.reshape(-1, x.shape[-1])
+        return torch.addmm(flat, flat @ u @ (core if back else core.T), u.T, alpha=-1).view(x.shape)
 
 
 def _exact(tensor: Tensor) -> AbstractContextManager:
@@ -166,10 +170,17 @@ class Butterfly(Rotation):
 
 
 def turned_blocks(x: Tensor, r: Tensor) -> Tensor:
-    """`x R` block by block: `... x blocks x b` by `blocks x b x b` (or one `b x b` for all)."""
-    if len(r) == 1:
-        return x @ r[0]
-    return torch.einsum("...dk,dkc->...dc", x, r)
+    """`x R` block by block: `... x blocks x b` by `blocks x b x b`, or by `1 x b x b` for all blocks alike."""
+    blocks, b = x.shape[-2:]
+    # Many tiny products are slower than fewer of some size, even with zeros in them.
+    several = max(d for d in range(1, max(WORTHWHILE // b, 1) + 1) if blocks % d == 0)
+    if several > 1:
+        one = torch.eye(several, dtype=r.dtype, device=r.device).view(1, several, 1, several, 1)
+        wide = r.view(-1, 1 if len(r) == 1 else several, b, 1, b) * one
+        r = wide.reshape(-1, several * b, several * b)
+    joined = x.reshape(-1, blocks // several, several * b)
+    turned = joined @ r[0] if len(r) == 1 else torch.bmm(joined.transpose(0, 1), r).transpose(0, 1)
+    return turned.reshape(x.shape)
 
 
 def _stage(x: Tensor, r: Tensor, i: int) -> Tensor:
