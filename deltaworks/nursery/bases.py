@@ -334,16 +334,22 @@ def grow_vision(steps: int, folder: Path, seed: int, batch: int = 64) -> None:
 def grow(name: str, folder: Path, *, steps: int | None = None, seed: int = 0) -> None:
     """Pre-train the base `name` into `folder`; `steps` replaces the recipe's number of steps.
 
-    The same Python, libraries, seed and number of threads give the same files. The caller's random state and gradient
-    mode are left as they were.
+    The same Python, libraries and seed give the same files: one thread does all the work, so that sums have one order
+    (and so small a model gains little from more). The caller's random state, gradient mode and number of threads are
+    left as they were.
     """
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed)
-        if name == "vision":
-            grow_vision(steps or VISION_STEPS, folder, seed)
-        else:
-            recipe = TEXT[name]
-            grow_text(replace(recipe, steps=steps or recipe.steps), folder, seed)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.manual_seed(seed)
+            if name == "vision":
+                grow_vision(steps or VISION_STEPS, folder, seed)
+            else:
+                recipe = TEXT[name]
+                grow_text(replace(recipe, steps=steps or recipe.steps), folder, seed)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def key(name: str) -> str:

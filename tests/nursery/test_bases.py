@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -102,15 +103,17 @@ def folder_bytes(folder):
 
 
 @pytest.mark.parametrize("name", ["encoder", "seq2seq", "vision", "moe", "ssm"])
-def test_a_grown_base_is_the_same_from_the_same_seed(name, tmp_path):
+def test_a_grown_base_is_the_same_from_the_same_seed_whatever_the_threads(name, tmp_path, request):
     if name == "vision":
         pytest.importorskip("sklearn")
-    for attempt in ("first", "second"):
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    for threads, attempt in enumerate(("first", "second"), start=1):
+        torch.set_num_threads(threads)
         (tmp_path / attempt).mkdir()
         state = torch.get_rng_state()
         with torch.no_grad():
             bases.grow(name, tmp_path / attempt, steps=2, seed=3)
-        assert torch.equal(torch.get_rng_state(), state)
+        assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
     first, second = (folder_bytes(tmp_path / attempt) for attempt in ("first", "second"))
     assert first == second
     assert len(first["model.safetensors"]) < 12_000_000
