@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..model.weights import Weight, consumes, dequantised
+from ..model.weights import CONVOLUTIONS, Weight, consumes, dequantised
 from .attention import Attending, attended
 from .operators.effective import effective_linear
 from .part import Delta, Module, Part, Trained, Wrapper
@@ -169,9 +169,9 @@ def _input(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Callable[[Tenso
     """The activations a call receives, and how to call with others in their place."""
     if args and isinstance(args[0], Tensor):
         return args[0], lambda x: ((x, *args[1:]), kwargs)
-    for name in ("hidden_states", "input", "x", *kwargs):
-        if isinstance(kwargs.get(name), Tensor):
-            return kwargs[name], lambda x: (args, {**kwargs, name: x})
+    name = next((n for n in ("hidden_states", "input", "x", *kwargs) if isinstance(kwargs.get(n), Tensor)), None)
+    if name is not None:
+        return kwargs[name], lambda x: (args, {**kwargs, name: x})
     raise ValueError("a module was adapted that is called without any tensor; name a site that receives activations")
 
 
@@ -203,12 +203,22 @@ def _weighted(layer: nn.Module, call: Callable[..., Any], deltas: list[Delta], *
     if kind != "other" and len(args) == 1 and not kwargs:
         special = {"embedding": "look_up", "convolution": "convolve"}[kind]
         ready = [d for d in deltas if d.site.parameter == "weight" and d.site.rows is None and hasattr(d, special)]
-        if len(ready) == len(deltas):
+        factor = _factor(layer)
+        if len(ready) == len(deltas) and factor is not None:
             y = call(*args)
             for delta in deltas:
-                y = y + getattr(delta, special)(args[0], layer).to(y.dtype)
+                y = y + (getattr(delta, special)(args[0], layer) * factor).to(y.dtype)
             return y
     return _substituted(layer, call, deltas, *args, **kwargs)
+
+
+def _factor(layer: nn.Module) -> Any:
+    """What an embedding or a convolution multiplies its product by; None where its class does anything else as well."""
+    own = type(layer)._deltaworks_base  # type: ignore[attr-defined]
+    if own.forward in (nn.Embedding.forward, *(kind.forward for kind in CONVOLUTIONS)):
+        return 1.0
+    # Gemma's, BART's and other models' embeddings, which transformers names alike.
+    return getattr(layer, "embed_scale", None) if own.__name__.endswith("ScaledWordEmbedding") else None
 
 
 def _substituted(layer: nn.Module, call: Callable[..., Any], deltas: list[Delta], *args: Any, **kwargs: Any) -> Any:
@@ -258,7 +268,7 @@ def _linear(layer: nn.Module, call: Callable[..., Tensor], deltas: list[Delta], 
     y: Tensor | None = None
     if folds:
         if any(delta.training and getattr(delta, "dropout", 0.0) for delta in folds):
-            warnings.warn("dropout does not act where changes of one weight are folded one into the other", stacklevel=2)
+            warnings.warn("dropout does not act where changes of a weight are folded one into another", stacklevel=2)
         y = effective_linear(x, layer, folds)
     elif alone and sides[0].site.rows is None and type(stored) is nn.Parameter and not stored.requires_grad:
         bias = layer._parameters.get("bias")

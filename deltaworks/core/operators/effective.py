@@ -1,7 +1,7 @@
 """A linear layer under its effective weight, keeping only the input for backward.
 
-Building `W' = fold(W)` and calling `F.linear` would make autograd keep `W'` and every intermediate of the fold, one full
-matrix or more per layer. Here the backward pass folds again, so only `x` and the delta's own tensors stay alive.
+Building `W' = fold(W)` and calling `F.linear` would make autograd keep `W'` and every intermediate of the fold, one
+full matrix or more per layer. Here the backward pass folds again, so only `x` and the delta's own tensors stay alive.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ def effective_linear(x: Tensor, layer: nn.Module, deltas: Sequence[Delta]) -> Te
     Gradients reach `x` and the deltas' parameters.
     """
     bias = _fold_bias(layer, deltas)
+    view = Weight(layer)
+    if view.stored is not None and view.stored.requires_grad and not view.quantised:
+        # A weight that trains itself under its deltas: autograd must see the whole fold.
+        return nn.functional.linear(x, _fold(layer, deltas, view.canonical(view.stored)).to(x.dtype), bias)
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or not torch.is_grad_enabled():
         return nn.functional.linear(x, _fold(layer, deltas).to(x.dtype), bias)
     y: Any = _EffectiveLinear.apply(x, layer, deltas, *trainable(deltas))
@@ -40,8 +44,8 @@ def _fold_bias(layer: nn.Module, deltas: Sequence[Delta]) -> Tensor | None:
     return bias
 
 
-def _fold(layer: nn.Module, deltas: Sequence[Delta]) -> Tensor:
-    whole = Weight(layer).matrix()
+def _fold(layer: nn.Module, deltas: Sequence[Delta], start: Tensor | None = None) -> Tensor:
+    whole = Weight(layer).matrix() if start is None else start
     for delta in deltas:
         if delta.site.rows is None:
             whole = delta.fold(whole)

@@ -182,6 +182,11 @@ class Nothing(nn.Module):
         return self.zero
 
 
+def described(config: dict[str, Any]) -> str:
+    """A configuration as the plain text that a part's settings hold."""
+    return json.dumps(config)
+
+
 def thin_model(config: str) -> nn.Module:
     """A model without head, made new from a configuration as JSON.
 

@@ -10,7 +10,6 @@ Use it when the base's activations do not fit: its backward pass is that of the 
 """
 
 import functools
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +19,7 @@ from transformers import MODEL_MAPPING, PreTrainedModel
 
 from ...core import fields
 from ...core.method import Batches, Method, Placed
-from ...core.operators.ladder import Ladder, thin_model
+from ...core.operators.ladder import Ladder, described, thin_model
 from ...core.operators.pruned import prune_into, thinned
 from ...core.operators.soft_prompt import parameters_of
 from ...core.part import Shared
@@ -67,7 +66,7 @@ class LST(Method):
         if kept[-1] >= total:
             model = type(base.model).__name__
             raise ValueError(f"lst: keep={self.keep} names block {kept[-1]}, but {model} has {total}")
-        config = json.dumps(thinned(base.model.config, self.reduction, kept))  # type: ignore[arg-type]
+        config = described(thinned(base.model.config, self.reduction, kept))  # type: ignore[arg-type]
         thin = thin_model(config)
         anatomy = describe(thin)
         places = [_counterpart(thin, base.model.get_submodule(path), stack) for path, stack in entrances]
