@@ -14,7 +14,8 @@ PIP     := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed-base
-	$(BIN)/deltaworks tune $(ARGS)
+	@rm -rf runs/demo
+	$(BIN)/deltaworks tune --output runs/demo $(ARGS)
 
 # One thread per worker: torch would otherwise start a thread per core in each of them.
 test: $(VENV)/.installed-test
