@@ -24,6 +24,9 @@ CHUNK_BYTES = 32 << 20
 # Configuration entries with which a model changes its logits after the head, or adds terms to the loss.
 AFTER_THE_HEAD = (
     "final_logit_softcapping",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+    "z_loss_coefficient",
     "logit_scale",
     "logits_scaling",
     "lm_head_multiplier",

@@ -89,7 +89,7 @@ class Recipe:
         lambda v: v is None or isinstance(v, str) or _share(v),
     )  # fmt: skip
     split: str = _text("train", "which split of the data is trained on")
-    limit: int | None = fields.positive(None, "at most this many rows", optional=True)  # type: ignore[arg-type]
+    limit: int | None = fields.positive(None, "at most this many rows to learn from", optional=True)  # type: ignore[arg-type]
     format: str | None = _text(None, "shape of the rows, such as prompt-completion; recognised by default")
     columns: dict[str, str] = fields.mapping("columns by their meaning, such as {prompt: question}")
     on_bad_row: str = fields.choice("stop", ("stop", "skip"), "what to do with a broken row")
@@ -130,6 +130,7 @@ class Recipe:
         name = self.base.replace("nursery:", "nursery-").rstrip("/").rpartition("/")[2]
         return dataclasses.replace(
             self,
+            settings=fields.parse(find(self.method), self.settings),
             epochs=1.0 if self.steps is None and self.epochs is None else self.epochs,
             lr=find(self.method).default_lr if self.lr is None else self.lr,
             output=self.output or os.path.join("runs", f"{name}-{find(self.method).slug}"),

@@ -27,6 +27,12 @@ def test_a_complete_recipe_is_written_and_read_back(tmp_path: Path) -> None:
     assert Recipe.read(file) == recipe
 
 
+def test_typed_settings_become_values_and_the_bare_key_on_stays_a_word(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("settings: {on: mlp, rank: 4}\n")  # YAML 1.1 reads this key as true
+    assert Recipe.read(file, settings={"rank": "16"}).complete().settings == {"on": "mlp", "rank": 16}
+
+
 def test_the_learning_rate_is_the_methods_own() -> None:
     from deltaworks import methods
 

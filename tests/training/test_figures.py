@@ -1,0 +1,112 @@
+"""Figures of merit, memory, and the pictures of the report."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from deltaworks.data import Labels
+from deltaworks.training import report
+from deltaworks.training.evaluation import merit
+from deltaworks.training.memory import PeakMemory
+
+
+def test_classes_are_scored_as_scikit_learn_does() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    logits = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    truth = torch.randint(0, 3, (40,), generator=torch.Generator().manual_seed(1))  # class 3 is only ever guessed
+    found = merit("sequence-classification", labels("abcd"), list(logits), list(truth))
+    guess = logits.argmax(-1)
+    assert found["accuracy"] == pytest.approx(metrics.accuracy_score(truth, guess))
+    assert found["f1"] == pytest.approx(metrics.f1_score(truth, guess, average="macro", labels=[0, 1, 2]))
+
+
+def test_several_classes_are_scored_together() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    logits = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    truth = torch.randint(0, 2, (30, 4), generator=torch.Generator().manual_seed(1)).float()
+    kind = Labels("multi_label_classification", tuple("abcd"))
+    found = merit("sequence-classification", kind, list(logits), list(truth))
+    assert found["f1"] == pytest.approx(metrics.f1_score(truth, logits > 0, average="micro"))
+    assert found["exact"] == pytest.approx(metrics.accuracy_score(truth, logits > 0))
+
+
+def test_numbers_are_scored() -> None:
+    kind = Labels("regression", ("value",))
+    truth = torch.tensor([1.0, 2.0, 4.0])
+    found = merit("regression", kind, list((2 * truth + 1)[:, None]), list(truth))
+    assert found["pearson"] == pytest.approx(1.0)
+    assert found["mae"] == pytest.approx((2 + 3 + 5) / 3)
+    assert found["rmse"] == pytest.approx(math.sqrt((4 + 9 + 25) / 3))
+    assert merit("regression", kind, [torch.tensor([3.0])] * 3, list(truth))["pearson"] == 0, "a constant knows nothing"
+
+
+def labels(names: Any) -> Labels:
+    return Labels("single_label_classification", tuple(names))
+
+
+def test_spans_count_only_whole() -> None:
+    names = ["O", "B-X", "I-X", "B-Y"]
+    truth = torch.tensor([1, 2, 0, 3, 1, -100])
+    guess = torch.tensor([1, 2, 0, 3, 0, 1])
+    logits = torch.nn.functional.one_hot(guess, 4).float()
+    longer = torch.cat([logits, torch.zeros(2, 4)])  # a batch pads to its longest row
+    found = merit("token-classification", labels(names), [longer], [truth])
+    assert found["accuracy"] == pytest.approx(4 / 5)
+    assert found["span_f1"] == pytest.approx(2 * 2 / (2 + 3))
+    shorter = torch.nn.functional.one_hot(torch.tensor([1, 0, 0, 3, 1, 0]), 4).float()
+    assert merit("token-classification", labels(names), [shorter], [truth])["span_f1"] == pytest.approx(2 * 2 / (3 + 3))
+
+
+def test_peak_memory_sees_what_was_given_back() -> None:
+    memory = PeakMemory("cpu")
+    held = torch.ones(16_000_000)
+    del held
+    peak = memory.bytes()
+    assert peak > 50e6, "64 MB were held for a moment"
+    memory.forget()
+    assert memory.bytes() < peak - 40e6
+
+
+PICTURES = {
+    "curve": report.lines({"a": [(1, 2.0), (2, 1.5), (3, math.nan)]}, "step", "loss"),
+    "point": report.lines({"a": [(5, 2.0)]}, "step", "loss"),
+    "flat": report.lines({"a <&>": [(0, 0.0), (1, 0.0)]}, "step", "loss"),
+    "raster": report.raster([(step, {f"layers.{i}": float(i * step) for i in range(12)}) for step in range(500)]),
+    "many": report.raster([(1, {f"place {i}": 1.0 for i in range(200)})]),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_are_well_formed_and_stay_inside(name: str) -> None:
+    picture = re.sub(r"</svg>.*", "</svg>", PICTURES[name])
+    root = ElementTree.fromstring(picture)
+    width, height = (float(side) for side in root.attrib["viewBox"].split()[2:])
+    for item in root.iter():
+        for key, bound in (("x", width), ("cx", width), ("y", height), ("cy", height)):
+            assert -1 <= float(item.attrib.get(key, 0)) <= bound + 1
+        for point in item.attrib.get("points", "").split():
+            x, y = map(float, point.split(","))
+            assert 0 <= x <= width and 0 <= y <= height
+    assert len(list(root.iter())) < 10_000
+
+
+def test_rows_of_a_raster_stand_in_natural_order() -> None:
+    order = [PICTURES["raster"].index(f">layers.{i}<") for i in range(12)]
+    assert order == sorted(order)
+    assert "136 more places are not shown" in PICTURES["many"]
+
+
+def test_what_rules_record_is_drawn_by_its_kind() -> None:
+    history = {
+        "number": [(1, 0.5), (2, 1)], "blocks": [(1, [0, 3]), (20, [1, 2])], "ranks": [(1, {"a": 3}), (2, {"a": 2})],
+        "words": [(1, "<b>grown</b>")], "nothing": [],
+    }  # fmt: skip
+    drawn = "".join(report._histories(history))
+    assert drawn.count("<svg") == 3
+    assert "&lt;b&gt;grown" in drawn and "<b>grown" not in drawn and "nothing" not in drawn
