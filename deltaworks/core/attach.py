@@ -29,20 +29,22 @@ if TYPE_CHECKING:
 
 @dataclass
 class Adapter:
-    """One adapter's record: its method, its parts' places in order, and the modules they borrow from."""
+    """One adapter's record: method, its parts' places in order, the modules they borrow from, what `freeze` froze."""
 
     method: Method
     places: list[tuple[str, str]]
     shared: dict[str, Shared] = field(default_factory=dict)
+    frozen: set[str] = field(default_factory=set)
 
 
 @dataclass
 class State:
-    """Everything Deltaworks knows of a model beside the parts themselves."""
+    """Everything Deltaworks knows of a model beside the parts themselves; `untied` says how it was merged."""
 
     board: Switchboard = field(default_factory=Switchboard)
     adapters: dict[str, Adapter] = field(default_factory=dict)
     flags: dict[str, bool] = field(default_factory=dict)
+    untied: bool = False
 
 
 def find_state(model: nn.Module) -> State | None:
@@ -256,7 +258,8 @@ def activate(model: nn.Module, names: str | Sequence[str] | None) -> None:
         _known(model, name)
     if state.board.merged:
         raise ValueError(f"{', '.join(state.board.merged)} is merged into the base; call dw.unmerge(model) first")
-    if chosen != state.board.active:
+    # Within `disable` nothing of theirs is in the model; its end puts in what is active then.
+    if chosen != state.board.active and state.board.enabled:
         _leave(model, state.board.active)
         _enter(model, chosen)
     state.board.active = chosen
@@ -300,7 +303,7 @@ def disable(model: nn.Module) -> Iterator[nn.Module]:
         state.board.enabled = True
         _enter(model, state.board.active)
         if merged:
-            merge(model)
+            merge(model, untie=state.untied)
 
 
 @contextlib.contextmanager
@@ -308,12 +311,19 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     """Within the block every example of the batch has its own adapter (None: the base).
 
     Raises:
-        ValueError: for an unknown adapter, or one that trains the base's own parameters.
+        ValueError: for an unknown adapter, one that trains the base's own parameters, or one that changes weights
+            which are read without calling their layer.
     """
     state = state_of(model)
     for name in dict.fromkeys(names):
         if name is not None and any(isinstance(part, Trained) for _, part in named_parts(model, name)):
             raise ValueError(f"adapter {name!r} replaces parameters of the base and cannot be chosen per example")
+        uncalled = [full for full, part in named_parts(model, name) if not part.site.called] if name is not None else []
+        if uncalled:
+            raise ValueError(
+                f"adapter {name!r} cannot be chosen per example: {uncalled[0]} changes a weight that the model reads "
+                "for the whole batch; run it in a batch of its own"
+            )
     before, active = state.board.routing, state.board.active
     activate(model, [])
     state.board.routing = tuple(names)
@@ -326,28 +336,29 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
 
 def freeze(model: nn.Module, name: str) -> None:
     """Stop training an adapter; it goes on acting."""
-    for _, part in named_parts(model, name):
-        _flags(model, part, False)
+    frozen = state_of(model).adapters[_known(model, name)].frozen
+    for full, parameter in _own_parameters(model, name):
+        if parameter.requires_grad:
+            parameter.requires_grad_(False)
+            frozen.add(full)
 
 
 def unfreeze_adapter(model: nn.Module, name: str) -> None:
     """Train an adapter again: exactly the tensors its method trains."""
-    for _, part in named_parts(model, name):
-        _flags(model, part, True)
-
-
-def _flags(model: nn.Module, part: Part, train: bool) -> None:
-    if isinstance(part, Trained):
-        model.get_submodule(part.site.path).get_parameter(part.site.parameter or "weight").requires_grad_(train)
-        return
-    for parameter in part.parameters():
-        if not train:
-            if parameter.requires_grad:
-                parameter.requires_grad_(False)
-                parameter._deltaworks_frozen = True  # type: ignore[attr-defined]
-        elif getattr(parameter, "_deltaworks_frozen", False):
+    frozen = state_of(model).adapters[_known(model, name)].frozen
+    for full, parameter in _own_parameters(model, name):
+        if full in frozen:
             parameter.requires_grad_(True)
-            del parameter._deltaworks_frozen  # type: ignore[attr-defined]
+    frozen.clear()
+
+
+def _own_parameters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter of an adapter by a name that copies and shards of the model share."""
+    for full, part in named_parts(model, name):
+        if isinstance(part, Trained):
+            yield full, model.get_submodule(part.site.path).get_parameter(part.site.parameter or "weight")
+        else:
+            yield from ((f"{full}.{inner}", parameter) for inner, parameter in part.named_parameters())
 
 
 def merge(model: nn.Module, *, untie: bool = False) -> nn.Module:
@@ -362,6 +373,8 @@ def merge(model: nn.Module, *, untie: bool = False) -> nn.Module:
     state = state_of(model)
     if state.board.merged:
         return model
+    if not state.board.enabled:
+        raise ValueError("adapters that are switched off cannot be merged; leave the disable(...) block first")
     if state.board.routing is not None:
         raise ValueError("adapters chosen per example cannot be merged; leave the route(...) block first")
     changes = _changes(model, state, untie)
@@ -377,7 +390,7 @@ def merge(model: nn.Module, *, untie: bool = False) -> nn.Module:
             if parameter not in found.backup:
                 found.backup[parameter] = module._parameters[parameter]
             module._parameters[parameter] = value
-    state.board.merged = state.board.active
+    state.board.merged, state.untied = state.board.active, untie
     return model
 
 
@@ -475,7 +488,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
                 if not found._modules:
                     ungraft(module)
         del state.adapters[one]
-    _enter(model, active)
+    if state.board.enabled:
+        _enter(model, active)
     state.board.active = active
     if not state.adapters:
         for path, parameter in model.named_parameters():

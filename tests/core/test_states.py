@@ -1,0 +1,149 @@
+"""What a model goes through leaves it right: switched, frozen, copied, merged, interrupted, trained below deltas."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
+
+import deltaworks as dw
+from deltaworks.core.zeroth_order import ZerothOrder
+from deltaworks.training.head import head_of
+
+
+class Tied(nn.Module):
+    """A word table that is the head as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(11, 8)
+        self.mid = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.mid(self.words(ids)).tanh())
+
+
+class Scaled(nn.Module):
+    """Embeddings that do more than look up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = Gemma3TextScaledWordEmbedding(11, 8, 0, embed_scale=3.0)
+        self.places = OPTLearnedPositionalEmbedding(16, 8)
+        self.last = nn.Linear(8, 5)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.last((self.words(ids) + self.places(torch.ones_like(ids))).tanh())
+
+
+IDS = torch.tensor([[1, 5, 2], [3, 3, 7]])
+
+
+def attached(model: nn.Module, method: dw.Method, **options) -> dw.Tuned:
+    """The model in double precision with an adapter that has learned something."""
+    tuned = dw.attach(model.double(), method, seed=0, **options)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for _, part in tuned.named_parts():
+            for parameter in part.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return tuned
+
+
+@pytest.mark.parametrize("layer", ["words", "places"])
+def test_an_embedding_that_scales_or_shifts_is_changed_as_its_merged_weight_is(layer: str) -> None:
+    torch.manual_seed(0)
+    model = Scaled()
+    attached(model, dw.LoRA(rank=2, on=[layer]))
+    beside = model(IDS)
+    dw.merge(model)
+    assert torch.allclose(model(IDS), beside, atol=1e-10)
+
+
+def test_switching_off_a_model_that_was_merged_untied_merges_it_again() -> None:
+    torch.manual_seed(0)
+    model = Tied()
+    attached(model, dw.LoRA(rank=2, on=["head"]))
+    dw.merge(model, untie=True)
+    merged = model(IDS)
+    with dw.disable(model):
+        assert not torch.equal(model(IDS), merged)
+        with pytest.raises(ValueError, match="disable"):
+            dw.merge(model)
+    assert torch.equal(model(IDS), merged)
+
+
+def test_what_was_frozen_trains_again_in_a_copy() -> None:
+    model = Tied()
+    tuned = attached(model, dw.LoRA(rank=2, on=["mid"]))
+    names = [name for name, _ in tuned.named_parameters()]
+    dw.core.attach.freeze(model, "default")
+    other = copy.deepcopy(model)
+    assert not dw.core.attach.tuned(other).parameters()
+    dw.core.attach.unfreeze_adapter(other, "default")
+    assert [name for name, _ in dw.core.attach.tuned(other).named_parameters()] == names
+
+
+def test_a_switch_while_disabled_waits_for_its_end() -> None:
+    model = Tied()
+    base = model.double()(IDS)
+    attached(model, dw.LoRA(rank=2, on=["mid"]), name="beside")
+    dw.attach(model, dw.LoRA(rank=2, on=["head"]), name="whole", also="mid")
+    with torch.no_grad():
+        model.mid.weight.add_(1.0)
+    dw.core.attach.activate(model, "beside")
+    with dw.disable(model):
+        dw.core.attach.activate(model, "whole")
+        assert torch.equal(model(IDS), base)
+    assert not torch.equal(model(IDS), base)
+    assert torch.equal(dw.detach(model)(IDS), base)
+
+
+@pytest.mark.parametrize("slug", ["dora", "loha"])
+def test_a_layer_trained_under_its_delta_has_its_gradients(slug: str) -> None:
+    torch.manual_seed(0)
+    model = Tied()
+    method = dw.method(slug, on="mid", rank=2)
+    attached(model, method, also="mid")
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    for parameter in (model.mid.weight, model.mid.bias):
+
+        def value(_: torch.Tensor) -> torch.Tensor:
+            return model.mid(x)
+
+        if method.slug == "dora" and parameter is model.mid.weight:
+            continue  # its norms are constants of the paper's gradient
+        assert torch.autograd.gradcheck(value, (parameter,))
+
+
+def test_a_failing_batch_leaves_a_zeroth_order_step_where_it_began() -> None:
+    model = Tied()
+    tuned = attached(model, dw.LoRA(rank=2, on=["mid"]))
+    before = [parameter.detach().clone() for parameter in tuned.parameters()]
+    rule = ZerothOrder(eps=0.5)
+    run = tuned.run(1).run
+    rule.attached(run)
+
+    def fails() -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rule.own_step(run, fails, 0.1)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(before, tuned.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("entry", ["logits_soft_cap", "output_logit_soft_cap", "z_loss_coefficient"])
+def test_a_loss_that_is_more_than_the_heads_is_left_to_the_model(entry: str) -> None:
+    model = Tied().requires_grad_(False)
+    model.get_output_embeddings = lambda: model.head
+    model.config = SimpleNamespace()
+    assert head_of(model) is model.head
+    setattr(model.config, entry, 30.0)
+    assert head_of(model) is None
