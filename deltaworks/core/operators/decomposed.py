@@ -121,4 +121,5 @@ class _Turn(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dx = (gb @ a.to(g.dtype)).view(x.shape)
             dx = dx if survive is None else dx.mul_(survive)
-        return g.view(gradients[0].shape), dx, da, db, dm, None, None, None, None
+        dbias = gradients[0].flatten(0, -2).sum(0) if ctx.needs_input_grad[6] else None
+        return g.view(gradients[0].shape), dx, da, db, dm, None, dbias, None, None
