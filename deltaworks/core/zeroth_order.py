@@ -43,15 +43,19 @@ class ZerothOrder(Rule):
         seed = int(torch.randint(2**62, (), generator=self.generator))
         training = [module for module in run.tuned.model.modules() if module.training]
         run.tuned.model.eval()
+        away = 0.0
+        losses = []
         try:
-            _move(moving, seed, self.eps)
-            above = _everywhere(loss())
-            _move(moving, seed, -2 * self.eps)
-            below = _everywhere(loss())
-            _move(moving, seed, self.eps)
+            for distance in (self.eps, -2 * self.eps):
+                _move(moving, seed, distance)
+                away += distance
+                losses.append(_everywhere(loss()))
         finally:
+            # Also when a batch fails: parameters must not stay at the point that was only tried.
+            _move(moving, seed, -away)
             for module in training:
                 module.training = True
+        above, below = losses
         slope = float((above - below) / (2 * self.eps))
         self._update(moving, seed, slope, lr)
         self.log.append((seed, slope, lr))
