@@ -22,7 +22,7 @@ def made(out: int, fan_in: int, k: int, l: int, r: int, **settings) -> Monarch:
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_entry_is_the_formula_and_the_fast_product_agrees(case: tuple[int, ...]) -> None:
-    out, fan_in, k, l, r = case
+    out, fan_in, _, l, r = case
     delta = made(*case)
     m, p = delta.dense(), delta.w1.shape[2]
     for i in range(out):

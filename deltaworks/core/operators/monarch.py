@@ -38,8 +38,9 @@ class Monarch(Delta):
     ) -> None:
         super().__init__()
         (k, q, p), (l, s, kr) = w1.shape, w2.shape
-        if q % l or kr != q // l * k or not (0 <= k * p - fan_in < max(k * p, 1) and 0 <= s * l - fan_out):
-            raise ValueError(f"factors {list(w1.shape)} and {list(w2.shape)} make no Monarch matrix {fan_out} x {fan_in}")
+        if q % l or kr != q // l * k or not (0 <= k * p - fan_in < max(k * p, 1) and s * l - fan_out >= 0):
+            shapes = f"{list(w1.shape)} and {list(w2.shape)}"
+            raise ValueError(f"factors {shapes} make no Monarch matrix {fan_out} x {fan_in}")
         self.w1, self.w2 = nn.Parameter(w1), nn.Parameter(w2)
         self.fan_out, self.fan_in, self.replaces, self.dropout = fan_out, fan_in, replaces, float(dropout)
         # Read by whoever combines deltas; a constant of the instance, as `replaces` is.

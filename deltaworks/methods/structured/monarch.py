@@ -22,7 +22,7 @@ class Monarch(WeightMethod):
 
     mode: str = fields.choice("delta", ["delta", "project"], "M beside the weight, or in its place")
     blocks: int = fields.positive(4, "K = L, blocks of either factor; at most the smaller width")
-    rank: int | None = fields.positive(1, "R, of every strided block; none for the official layer's width", optional=True)
+    rank: int | None = fields.positive(1, "R, of every strided block; none for the official width", optional=True)
     dropout: float = fields.fraction(0.0, "probability of dropping an input feature of the branch; delta only")
 
     def __post_init__(self) -> None:

@@ -1,9 +1,9 @@
-"""SURM: structured unrestricted-rank matrices for parameter-efficient fine-tuning (Sehanobish et al. 2024, arXiv:2406.17740).
+"""SURM: structured unrestricted-rank matrices (Sehanobish et al. 2024, arXiv:2406.17740).
 
 dW = s Circ(b * a), s T(b) T(a) (symmetric Toeplitz), s sum_t Circ(b_t) Skew(a_t) (low displacement rank p), all with
 b = 0, or (alpha / r) kron(B, A) with B = 0: two numbers a feature, and yet any rank. a ~ N(0, 1) for circulant and
-N(0, 0.02^2) for the others; A is Kaiming uniform. The authors' code knows square layers only: others are cut into square
-tiles of the greatest common divisor of their sides, or of `tile`. (Their Toeplitz adapter multiplies a and b by
+N(0, 0.02^2) for the others; A is Kaiming uniform. The authors' code knows square layers only: others are cut into
+square tiles of the greatest common divisor of their sides, or of `tile`. (Their Toeplitz adapter multiplies a and b by
 elements; the paper's product of matrices is taken here, and the root of -1 that Skew needs, of the right order.)
 Use it for full-rank changes at the price of a rank-one LoRA.
 """
