@@ -49,7 +49,7 @@ class Boosted(Factored):
             if not name.startswith(lent):
                 self.register_parameter(name, nn.Parameter(value.detach(), requires_grad=value.requires_grad))
                 if value.requires_grad:
-                    masks = torch.stack([self._mask(value.shape, generator) for _ in range(copies)])
+                    masks = torch.stack([self._mask(value.shape, generator) for _ in range(copies)]).to(value.device)
                     self.register_buffer(f"{name}_masks", masks, persistent=False)
         for name, value in delta.named_buffers():
             if not name.startswith(lent):

@@ -74,7 +74,7 @@ class Weighted(LowRank):
         # Only activations as narrow as the rank are weighed: group by group, then summed.
         size = -(-x.shape[-1] // weights.shape[-1])
         columns = zip(x.split(size, dim=-1), self.a.to(x.dtype).split(size, dim=-1), weights.unbind(-1), strict=False)
-        z = sum((part @ a.T) * weight.unsqueeze(-1) for part, a, weight in columns)
+        z = torch.stack([(part @ a.T) * weight.unsqueeze(-1) for part, a, weight in columns]).sum(0)
         return self.scale * (z @ self.b.to(x.dtype).T)
 
     def act(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:

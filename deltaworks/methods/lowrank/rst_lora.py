@@ -36,6 +36,8 @@ class RSTLoRA(WeightMethod):
 
     mergeable = False
     default_lr = 5e-5
+    # Queries and values, its places, are those of an attention.
+    refuses = ("mamba",)
 
     on: Any = fields.sites(["attention.query", "attention.value"])
     rank: int = fields.positive(8, "inner dimension r")
