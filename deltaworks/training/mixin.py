@@ -18,14 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_callback import ExportableState
 
 from ..core.attach import find_state, tuned
-from ..core.part import Delta, Trained
 from ..core.rule import Rules, Run
 from ..core.tuned import Tuned
 from . import checkpoint as saved
 from .callback import DeltaworksCallback
 from .reference import Reference
+from .unfused import acts_outside, is_fused, unfuse
 
 _Base = Trainer if TYPE_CHECKING else object
 
@@ -37,7 +38,7 @@ class DeltaworksMixin(_Base):
         adapter: name of the adapter that is trained; the last one attached by default.
 
     Raises:
-        ValueError: when nothing is attached, or a trainer cannot see the adapter's changes.
+        ValueError: when nothing is attached.
     """
 
     def __init__(self, model: Any = None, *args: Any, adapter: str | None = None, **kwargs: Any) -> None:
@@ -54,7 +55,8 @@ class DeltaworksMixin(_Base):
             kwargs["ref_model"] = Reference(model)
         with _as_adapted(model):
             super().__init__(model, *args, **kwargs)  # type: ignore[misc]
-        _check_fused_head(self, handle)
+        if is_fused(model) and acts_outside(handle):
+            unfuse(model, getattr(self.args, "temperature", None) or 1.0)
         if getattr(self.args, "disable_dropout", False):
             for part in handle.parts():
                 if getattr(part, "dropout", 0.0):
@@ -195,7 +197,7 @@ class DeltaworksMixin(_Base):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         # A resumed run does not repeat an evaluation; the random numbers it draws must not count.
         held = random.getstate(), np.random.get_state()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
             result = super().evaluate(*args, **kwargs)
         random.setstate(held[0])
         np.random.set_state(held[1])
@@ -232,9 +234,19 @@ class DeltaworksMixin(_Base):
             if self.state.best_global_step == step:
                 self.state.best_model_checkpoint = str(final)
             if main:
+                self._keep_callbacks()
                 self.state.save_to_json(str(folder / "trainer_state.json"))
         if main:
             saved.rotate(run_folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _keep_callbacks(self) -> None:
+        """Write into the trainer's state what callbacks remember, such as the patience of early stopping."""
+        held: dict[str, list[dict[str, Any]]] = {}
+        for one in (*self.callback_handler.callbacks, self.control):
+            if isinstance(one, ExportableState):
+                held.setdefault(type(one).__name__, []).append(one.state())
+        for name, states in held.items():
+            self.state.stateful_callbacks[name] = states[0] if len(states) == 1 else states  # type: ignore[index]
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
@@ -288,21 +300,4 @@ class _as_adapted:
         del self.model._hf_peft_config_loaded
         if self.had is not None:
             self.model._hf_peft_config_loaded = self.had  # type: ignore[assignment]
-
-
-def _check_fused_head(trainer: Any, handle: Tuned) -> None:
-    """TRL multiplies the head's weight itself and calls the backbone: changes of the two outer calls are not seen."""
-    model = handle.model
-    code = getattr(model.forward, "__code__", None)
-    if code is None or code.co_name != "_fused_forward":
-        return
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    for name, part in handle.named_parts():
-        place = model.get_submodule(part.site.path)
-        if not isinstance(part, Trained) and (place is head or (place is model and not isinstance(part, Delta))):
-            where = part.site.path or "the whole model"
-            raise ValueError(
-                f"{handle.method.slug} changes what {where} returns ({name}), which {type(trainer).__name__} does not "
-                "call; choose other sites with on=, or train with transformers.Trainer"
-            )
 

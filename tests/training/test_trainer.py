@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 import deltaworks as dw
 from deltaworks.core.rule import Rule, Run
@@ -326,6 +327,18 @@ def test_the_best_adapter_comes_back_at_the_end(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     assert same(load_file(best / "adapter.safetensors"), tensors(tuned))
+
+
+def test_a_checkpoint_keeps_what_callbacks_remember(tmp_path: Path) -> None:
+    trainer, _ = made(
+        tmp_path, max_steps=4, eval_strategy="steps", eval_steps=1, save_steps=2, metric_for_best_model="loss",
+        load_best_model_at_end=True, greater_is_better=False,
+    )  # fmt: skip
+    trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=9, early_stopping_threshold=100.0))
+    trainer.train()
+    kept = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["stateful_callbacks"]
+    assert kept["EarlyStoppingCallback"]["attributes"]["early_stopping_patience_counter"] == 3
+    assert kept["TrainerControl"]["args"]["should_save"]
 
 
 def test_a_checkpoint_of_another_adapter_is_refused(tmp_path: Path) -> None:
