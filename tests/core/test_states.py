@@ -147,3 +147,11 @@ def test_a_loss_that_is_more_than_the_heads_is_left_to_the_model(entry: str) -> 
     assert head_of(model) is model.head
     setattr(model.config, entry, 30.0)
     assert head_of(model) is None
+
+
+@pytest.mark.parametrize("slug", ["lora", "dora", "loha"])
+def test_an_adapted_model_runs_on_the_meta_device(slug: str) -> None:
+    with torch.device("meta"):
+        model = Tied()
+        dw.attach(model, dw.method(slug, on="mid", rank=2))
+        assert model(torch.zeros(2, 3, dtype=torch.long)).shape == (2, 3, 11)

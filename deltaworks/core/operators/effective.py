@@ -27,7 +27,8 @@ def effective_linear(x: Tensor, layer: nn.Module, deltas: Sequence[Delta]) -> Te
     if view.stored is not None and view.stored.requires_grad and not view.quantised:
         # A weight that trains itself under its deltas: autograd must see the whole fold.
         return nn.functional.linear(x, _fold(layer, deltas, view.canonical(view.stored)).to(x.dtype), bias)
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or not torch.is_grad_enabled():
+    eager = not (torch.compiler.is_compiling() or x.is_meta or torch.is_autocast_enabled(x.device.type))
+    if not eager or not torch.is_grad_enabled():
         return nn.functional.linear(x, _fold(layer, deltas).to(x.dtype), bias)
     y: Any = _EffectiveLinear.apply(x, layer, deltas, *trainable(deltas))
     return y if bias is None else y + bias

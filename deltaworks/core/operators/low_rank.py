@@ -127,6 +127,7 @@ def plain(delta: Delta, x: Tensor) -> bool:
     """Whether hand-written functions apply: eager, no autocast, no tensor subclass."""
     return (
         not torch.compiler.is_compiling()
+        and not x.is_meta  # has no autocast to ask for
         and not torch.is_autocast_enabled(x.device.type)
         and all(type(parameter) is nn.Parameter for parameter in delta.parameters())
         and type(x) in (Tensor, nn.Parameter)
