@@ -43,7 +43,7 @@ def held_out(
     guesses: list[Tensor] = []
     truths: list[Tensor] = []
     try:
-        with torch.random.fork_rng():
+        with _unseen(device):
             for batch in batches(data, prepared.collator, batch_size, device):
                 loss, logits = _outcome(model, prepared.task, batch)
                 labels = batch["labels"]
@@ -59,6 +59,11 @@ def held_out(
     if prepared.labels is None:
         return figures | {"perplexity": math.exp(min(figures["loss"], 700.0))}
     return figures | merit(prepared.task, prepared.labels, guesses, truths)
+
+
+def _unseen(device: torch.device | str) -> Any:
+    """Random numbers drawn in this context do not count."""
+    return torch.random.fork_rng([device] if torch.device(device).type == "cuda" else [])
 
 
 def _outcome(model: nn.Module, task: str, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
@@ -151,7 +156,7 @@ def samples(
     training = model.training
     model.eval()
     try:
-        with torch.random.fork_rng(), torch.no_grad():
+        with _unseen(device), torch.no_grad():
             for index in range(min(count, len(rows))):
                 prompt, answer = _question(rows[index], prepared.task)
                 ids = torch.tensor([prompt], device=device)

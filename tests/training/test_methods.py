@@ -19,7 +19,7 @@ DATA = [{"input_ids": row, "labels": row} for row in ROWS]
 KEEPING = [
     slug
     for slug, method in dw.methods().items()
-    if method.rules is not Method.rules or method.shared is not Method.shared
+    if (method.rules is not Method.rules or method.shared is not Method.shared) and "llama" not in method.refuses
 ]
 
 

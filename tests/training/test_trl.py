@@ -12,6 +12,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import deltaworks as dw
 from deltaworks.training import DeltaworksMixin, wrap
+from deltaworks.training.unfused import is_fused, unfuse
 from tests.families import FAMILIES
 
 from .conftest import words
@@ -86,8 +87,34 @@ def test_the_reference_of_dpo_is_the_base_without_a_second_model(
     assert losses(trainer)[0] != pytest.approx(0.6931, abs=1e-3)
 
 
-def test_sites_that_trl_does_not_call_are_refused(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_changed_head_is_seen_by_trl(tmp_path: Path, tokenizer: Any) -> None:
     model, _ = FAMILIES["llama"]()
-    dw.attach(model, dw.LoRA(rank=2, on="head"))
-    with pytest.raises(ValueError, match=r"lora changes what lm_head returns .*which Sft does not call"):
-        Sft(model, SFTConfig(str(tmp_path), **ARGUMENTS), train_dataset=COMPLETIONS, processing_class=tokenizer)
+    tuned = dw.attach(model, dw.LoRA(rank=2, on="head"), seed=0)
+    before = {name: value.clone() for name, value in tuned.tensors().items()}
+    trainer = Sft(model, SFTConfig(str(tmp_path), **ARGUMENTS), train_dataset=COMPLETIONS, processing_class=tokenizer)
+    trainer.train()
+    assert all(not torch.equal(value, before[name]) for name, value in tuned.tensors().items())
+    ids = tokenizer(COMPLETIONS[0]["prompt"], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        scores = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+        expected = model(input_ids=ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        with dw.disable(model):
+            other = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+    torch.testing.assert_close(scores, expected)
+    assert not torch.allclose(scores, other)
+
+
+def test_figures_of_logits_are_those_of_the_fused_head() -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
+    model, batch = FAMILIES["llama"]()
+    fields = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+    add_fused_lm_head(model, outputs=fields)
+    assert is_fused(model)
+    fused = model(**batch, fused_lm_head=True)
+    unfuse(model)
+    assert not is_fused(model)
+    plain = model(**batch, fused_lm_head=True)
+    for field in (*fields, "loss", "label_mask"):
+        torch.testing.assert_close(getattr(plain, field).float(), getattr(fused, field).float(), rtol=1e-4, atol=1e-5)
+    assert model(**batch).loss.item() == pytest.approx(fused.loss.item(), rel=1e-5)
