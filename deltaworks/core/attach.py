@@ -19,6 +19,7 @@ from torch import nn
 from ..model.anatomy import Anatomy, Site, describe
 from ..model.kinds import GRAFT
 from ..model.weights import Weight, consumes, is_quantised, keep_differentiable
+from .experts import PerExpert
 from .graft import Switchboard, graft, graft_of, ungraft
 from .method import Batches, Method, Placed, weight_at
 from .part import Delta, Part, Shared, Trained
@@ -194,8 +195,8 @@ def _tell_of_dropout(model: nn.Module, placed: Sequence[Placed]) -> None:
     """Warn of dropout where a change enters through the weight as a whole, and no input is there to drop from."""
     deaf = []
     for item in placed:
-        dropout = getattr(item.part, "dropout", 0.0) or (getattr(item.part, "inner", None) or {}).get("dropout", 0.0)
-        if isinstance(item.part, Delta) and dropout:
+        inner = item.part.inner if isinstance(item.part, PerExpert) else {}
+        if isinstance(item.part, Delta) and (getattr(item.part, "dropout", 0.0) or inner.get("dropout")):
             kind = consumes(model.get_submodule(item.site.path))
             special = {"embedding": "look_up", "convolution": "convolve"}.get(kind, "")
             heard = item.part.lean if kind == "linear" else hasattr(item.part, special)
