@@ -1,0 +1,160 @@
+"""Low rank and sparse: `dW = scale * B A + S`, S zero but for `k` fixed entries.
+
+The gradient of S is sampled at its entries, from gathered columns, so neither it nor the optimizer's state is ever
+larger than `k`. The product with S goes through a scratch copy of the weight with S added.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ...model.weights import Weight
+from .low_rank import Factored, add_branch, plain
+
+CHUNK = 1 << 22
+"""Values gathered at a time."""
+
+
+class LowRankSparse(Factored):
+    """`dW = scale * B A + sparse_scale * S`.
+
+    Args:
+        a: `rank x in`.
+        b: `out x rank`.
+        values: the entries of S, `k`.
+        index: their places `i * in + j` in the `out x in` matrix, all different.
+        scale: multiplies the product.
+        dropout: probability of zeroing an input feature of the low-rank branch in training; S sees them all.
+        sparse_scale: multiplies S.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ("scale", "dropout", "sparse_scale")
+    index: Tensor
+
+    def __init__(
+        self,
+        a: Tensor,
+        b: Tensor,
+        values: Tensor,
+        index: Tensor,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        sparse_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        size = b.shape[0] * a.shape[1]
+        if a.shape[0] != b.shape[1] or values.shape != index.shape or values.dim() != 1:
+            shapes = f"A {list(a.shape)}, B {list(b.shape)}, {list(values.shape)} values and {list(index.shape)} places"
+            raise ValueError(f"{shapes} do not fit; A is r x in, B out x r, one place for each value")
+        if index.numel() and not index.is_meta and not 0 <= int(index.min()) <= int(index.max()) < size:
+            raise ValueError(f"places of S lie outside its {b.shape[0]} x {a.shape[1]} entries")
+        self.a, self.b, self.values = nn.Parameter(a), nn.Parameter(b), nn.Parameter(values)
+        self.register_buffer("index", index.to(torch.int32 if size < 2**31 else torch.int64))
+        self.scale, self.dropout, self.sparse_scale = float(scale), float(dropout), float(sparse_scale)
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[-2]
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.a, self.b
+
+    def sparse(self) -> Tensor:
+        """S, `out x in`, with its scale."""
+        shape = self.b.shape[0], self.a.shape[1]
+        flat = torch.zeros(shape[0] * shape[1], dtype=self.values.dtype, device=self.values.device)
+        return self.sparse_scale * flat.index_add(0, self.index.long(), self.values).view(shape)
+
+    def dense(self) -> Tensor:
+        return super().dense() + self.sparse()
+
+    def prefers_side(self, tokens: int, weight: Weight) -> bool:
+        return True
+
+    def side(self, x: Tensor) -> Tensor:
+        y = self._sparse_product(x, None, None) if plain(self, x) else x @ self.sparse().to(x.dtype).T
+        return add_branch(self, x, y, self.a, self.b)
+
+    def act(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
+        return y + self.side(x).to(y.dtype)
+
+    def with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        if not plain(self, x) or weight.dtype != x.dtype:
+            return None
+        return add_branch(self, x, self._sparse_product(x, weight, bias), self.a, self.b)
+
+    def _sparse_product(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        fan_out = self.b.shape[0]
+        return _SparseLinear.apply(x, weight, bias, self.values, self.index, self.sparse_scale, fan_out)  # type: ignore[return-value]
+
+    def look_up(self, tokens: Tensor, layer: nn.Embedding) -> Tensor:
+        change = nn.functional.embedding(tokens, self.sparse().T, layer.padding_idx)
+        return super().look_up(tokens, layer) + change
+
+    def convolve(self, x: Tensor, layer: Any) -> Tensor:
+        kernel = self.sparse().to(x.dtype).unflatten(1, layer.weight.shape[1:])
+        return super().convolve(x, layer) + layer._conv_forward(x, kernel, None)
+
+
+def _scratch(x: Tensor, weight: Tensor | None, values: Tensor, index: Tensor, scale: float, fan_out: int) -> Tensor:
+    """The weight with S added, `out x in`, in x's dtype."""
+    below = x.new_zeros(fan_out, x.shape[-1]) if weight is None else weight.clone(memory_format=torch.contiguous_format)
+    below.view(-1).index_add_(0, index, values.to(below.dtype), alpha=scale)
+    return below
+
+
+class _SparseLinear(torch.autograd.Function):
+    """`x (W + scale S)^T + bias`, W and bias frozen; without W the sparse term only. Keeps x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        values: Tensor,
+        index: Tensor,
+        scale: float,
+        fan_out: int,
+    ) -> Tensor:
+        ctx.scale, ctx.fan_out, ctx.fan_in = scale, fan_out, x.shape[-1]
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, values, index)
+        below = _scratch(x, weight, values, index, scale, fan_out)
+        y = x.new_empty(*x.shape[:-1], fan_out)
+        rows, flat = y.view(-1, fan_out), x.reshape(-1, x.shape[-1])
+        torch.mm(flat, below.T, out=rows) if bias is None else torch.addmm(bias, flat, below.T, out=rows)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, weight, values, index = ctx.saved_tensors
+        g = gradients[0].reshape(-1, ctx.fan_out)
+        dx = dv = None
+        if ctx.needs_input_grad[0]:
+            below = _scratch(g.new_empty(0, ctx.fan_in), weight, values, index, ctx.scale, ctx.fan_out)
+            dx = (g @ below).view(*gradients[0].shape[:-1], ctx.fan_in)
+        if ctx.needs_input_grad[3]:
+            dv = sampled(g, x.reshape(-1, x.shape[-1]), index).mul_(ctx.scale).to(values.dtype)
+        return dx, None, None, dv, None, None, None
+
+
+def sampled(g: Tensor, x: Tensor, index: Tensor) -> Tensor:
+    """Entries of `g^T x` (`out x in`) at flat places, without the matrix: columns are gathered, some at a time.
+
+    Args:
+        g: `tokens x out`.
+        x: `tokens x in`.
+        index: places `i * in + j`.
+    """
+    rows, columns = index.long() // x.shape[1], index.long() % x.shape[1]
+    outs, ins = g.T.contiguous(), x.T.contiguous()
+    step = max(1, CHUNK // max(1, len(x)))
+    parts = [
+        torch.linalg.vecdot(outs[r], ins[c]) for r, c in zip(rows.split(step), columns.split(step), strict=True)
+    ]
+    return torch.cat(parts) if parts else outs.new_empty(0)

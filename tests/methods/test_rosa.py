@@ -1,0 +1,98 @@
+"""RoSA: low rank plus entries chosen by their gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import deltaworks as dw
+from deltaworks.core.operators.low_rank_sparse import LowRankSparse, sampled
+from tests.families import FAMILIES
+from tests.methods.toys import nudge, saved_shapes
+
+
+def made(dropout: float = 0.0) -> LowRankSparse:
+    g = torch.Generator().manual_seed(0)
+    a, b, values = (torch.randn(*s, dtype=torch.float64, generator=g) for s in ((2, 7), (5, 2), (6,)))
+    return LowRankSparse(a, b, values, torch.randperm(35, generator=g)[:6], scale=0.5, dropout=dropout)
+
+
+def attached(**settings):
+    model, batch = FAMILIES["llama"]()
+    base = model(**batch).logits.detach()
+    settings = {"rank": 4, "density": 0.02, "warmup": 3, "dropout": 0.0} | settings
+    tuned = dw.attach(model, dw.RoSA(**settings), data=[batch], seed=0)
+    return model, batch, base, tuned
+
+
+def test_the_fused_product_is_the_matrix_in_outputs_and_gradients() -> None:
+    delta = made()
+    x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    weight, bias = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    inputs = (x, *delta.parameters())
+    dense = x @ (weight + delta.dense()).T + bias
+    g = torch.randn_like(dense)
+    for fast in (delta.with_base(x, weight, bias), delta.side(x) + x @ weight.T + bias):
+        assert torch.allclose(fast, dense)
+        wanted = torch.autograd.grad(dense, inputs, g, retain_graph=True)
+        for ours, theirs in zip(torch.autograd.grad(fast, inputs, g), wanted, strict=True):
+            assert torch.allclose(ours, theirs)
+
+
+def test_gradients_are_sampled_from_the_dense_one_in_any_number_of_chunks(monkeypatch) -> None:
+    g, x = torch.randn(11, 5, dtype=torch.float64), torch.randn(11, 7, dtype=torch.float64)
+    index = torch.randperm(35)[:13]
+    assert torch.allclose(sampled(g, x, index), (g.T @ x).flatten()[index])
+    monkeypatch.setattr("deltaworks.core.operators.low_rank_sparse.CHUNK", 22)
+    assert torch.allclose(sampled(g, x, index), (g.T @ x).flatten()[index])
+
+
+def test_gradient_and_state_have_the_size_of_the_entries_and_only_the_input_is_kept() -> None:
+    delta = made()
+    x = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
+    shapes = saved_shapes(lambda: delta.with_base(x, torch.zeros(5, 7, dtype=torch.float64), None))
+    assert sorted(set(shapes)) == [(4, 2), (4, 7), (5, 7), (6,)]  # (5, 7) is the frozen base itself
+    delta.with_base(x, torch.zeros(5, 7, dtype=torch.float64), None).sum().backward()
+    assert delta.values.grad.shape == (6,)
+
+
+@pytest.mark.parametrize("average", ["squares", "gradients"])
+def test_the_largest_gradients_of_every_layer_are_chosen(average: str) -> None:
+    model, batch, base, tuned = attached(warmup=0, average=average)
+    assert torch.equal(model(**batch).logits, base)
+    plain, _ = FAMILIES["llama"]()
+    plain(**batch).loss.backward()
+    for path, delta in tuned.named_parts():
+        gradient = plain.get_parameter(path).grad.abs().flatten()
+        k = int(0.02 * gradient.numel())
+        assert len(delta.values) == k
+        assert set(delta.index.tolist()) == set(gradient.topk(k).indices.tolist())
+
+
+def test_the_warm_up_leaves_no_trace_but_the_choice() -> None:
+    model, batch, base, tuned = attached(warmup=5, warmup_lr=0.05)
+    assert torch.equal(model(**batch).logits, base)
+    assert list(tuned.state.adapters) == ["default"]
+    assert all(not delta.values.any() and not delta.b.any() for delta in tuned.parts())
+    other = attached(warmup=0)[3]
+    chosen = [torch.cat([delta.index for delta in t.parts()]) for t in (tuned, other)]
+    assert not torch.equal(*chosen)
+
+
+def test_the_change_is_sparse_off_the_low_rank_part_and_merges() -> None:
+    model, batch, _, tuned = attached()
+    nudge(tuned)
+    for delta in tuned.parts():
+        rest = (delta.dense() - delta.scale * delta.b @ delta.a).flatten()
+        outside = torch.ones_like(rest, dtype=torch.bool)
+        outside[delta.index.long()] = False
+        assert rest[outside].abs().max() < 1e-6
+    beside = model(**batch).logits
+    dw.merge(model)
+    assert torch.allclose(model(**batch).logits, beside, atol=1e-5)
+
+
+def test_s_learns_at_a_rate_of_its_own() -> None:
+    _, _, _, tuned = attached()
+    groups = {tuple(sorted({n.rsplit(".", 1)[1] for n in g["names"]})): g["lr"] for g in tuned.parameter_groups(7e-4)}
+    assert groups == {("a", "b"): 7e-4, ("values",): pytest.approx(2e-4)}
