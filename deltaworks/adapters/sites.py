@@ -12,7 +12,7 @@ from torch.func import functional_call
 from ..core.method import weight_at
 from ..core.part import Delta, Part, Trained
 from ..model.anatomy import Anatomy, Site
-from ..model.weights import is_quantised
+from ..model.weights import Weight, is_quantised
 
 
 def find_site(base: Anatomy, path: str, parameter: str | None, part: str | None) -> Site:
@@ -70,8 +70,9 @@ def check_fit(part: Part, site: Site, model: nn.Module) -> None:
     elif isinstance(part, Delta):
         if site.parameter is None:
             raise ValueError(f"{type(part).__name__} changes a weight, but no parameter of {site.path} is named")
-        wanted = tuple(weight_at(model, site).shape)
-        found = _shape(part, wanted)
+        weight = weight_at(model, site)
+        wanted = tuple(weight.shape)
+        found = _shape(part, weight)
         if found != wanted:
             raise ValueError(f"{site.name} has shape {list(wanted)}, the change in the file {list(found)}")
 
@@ -87,8 +88,9 @@ class _Change(nn.Module):
         return self.delta.dense() if weight is None else self.delta.fold(weight)
 
 
-def _shape(delta: Delta, wanted: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape a delta's matrix would have, worked out without its values."""
+def _shape(delta: Delta, place: Weight) -> tuple[int, ...]:
+    """The shape a delta's matrix would have, worked out without its values where that is possible."""
+    wanted = tuple(place.shape)
     change = _Change(delta)
     unreal = {
         name: torch.empty_like(value, device="meta")
@@ -100,11 +102,13 @@ def _shape(delta: Delta, wanted: tuple[int, ...]) -> tuple[int, ...]:
         with torch.device("meta"), torch.no_grad():
             return tuple(functional_call(change, unreal, (weight,)).shape)
     except Exception as error:
-        # Some operations have no rule for shapes alone. Then the values decide, if they cannot fill the memory.
+        # Some operations have no rule for shapes alone, some changes need constants from the weight. Then the values
+        # decide, if they cannot fill the memory.
         if sum(value.numel() for value in unreal.values()) > 64 * prod(wanted) + (1 << 20):
             raise ValueError(f"{type(delta).__name__} does not fit a weight of shape {list(wanted)}: {error}") from None
     try:
         with torch.no_grad():
+            delta.settle(place)
             return tuple(change(None if additive else torch.ones(wanted)).shape)
     except Exception as error:
         raise ValueError(f"{type(delta).__name__} does not fit a weight of shape {list(wanted)}: {error}") from None

@@ -1,7 +1,7 @@
 """HF PEFT's format, read and written without PEFT.
 
-Each module is one `peft_type`: `KIND`, `read(source)`, and, where we have parts of that kind, `fits(part)` and
-`write(draft)`. What one side cannot express is refused with the option's name.
+Each module is one `peft_type`: `KIND`, `read(source)`, `fits(part)`, `write(draft)`, and `METHOD` where only one method
+is written so. What one side cannot express is refused with the option's name.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from ...core.tuned import Tuned
 from ..files import PEFT_CONFIG, refuse
 from ..reading import Plan
-from . import adalora, c3a, fourierft, ia3, layernorm, lora, prefixes, prompts, vera
+from . import adalora, c3a, fourierft, ia3, layernorm, lora, prefixes, prompts, vblora, vera
 from .draft import Draft
 from .source import Source
 
-MODULES = (ia3, vera, fourierft, c3a, adalora, lora, layernorm, prompts, prefixes)
+MODULES = (ia3, vera, vblora, fourierft, c3a, adalora, lora, layernorm, prompts, prefixes)
 KINDS: dict[str, ModuleType] = {module.KIND: module for module in MODULES}
 
 
@@ -44,10 +44,12 @@ def write(handle: Tuned) -> tuple[dict[str, Any], dict[str, Tensor]]:
     draft = Draft(handle)
     if not draft.parts:
         return layernorm.write(draft), draft.tensors
-    for module in KINDS.values():
-        if draft.parts and all(module.fits(part) for part in draft.parts):
+    # Types that write down a method's own hyper-parameters are for that method; its parts elsewhere may be factors.
+    writers = [module for module in MODULES if getattr(module, "METHOD", draft.method.slug) == draft.method.slug]
+    for module in writers:
+        if all(module.fits(part) for part in draft.parts):
             return module.write(draft), draft.tensors
-    odd = next((part for part in draft.parts if not any(module.fits(part) for module in KINDS.values())), None)
+    odd = next((part for part in draft.parts if not any(module.fits(part) for module in writers)), None)
     if odd is None:
         raise draft.refuse("its parts", "they are of kinds that PEFT keeps in different files")
     raise draft.refuse(

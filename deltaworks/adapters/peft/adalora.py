@@ -17,6 +17,7 @@ from .source import Source, refuse
 from .targets import named
 
 KIND = "ADALORA"
+METHOD = "adalora"
 
 
 def fits(part: Part) -> bool:

@@ -14,6 +14,7 @@ from .source import Source, refuse
 from .targets import named, pattern_for, patterns
 
 KIND = "C3A"
+METHOD = "c3a"
 STARTS = {
     "xavier_uniform": "xavier",
     "kaiming_uniform": "kaiming",

@@ -16,6 +16,7 @@ from .source import Source, refuse
 from .targets import named, pattern_for, patterns
 
 KIND = "FOURIERFT"
+METHOD = "fourierft"
 
 
 def fits(part: Part) -> bool:

@@ -15,6 +15,7 @@ from .source import Source, refuse
 from .targets import named
 
 KIND = "VERA"
+METHOD = "vera"
 
 
 def fits(part: Part) -> bool:
