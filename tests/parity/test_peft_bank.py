@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import deltaworks as dw
+from tests.families import FAMILIES
 from tests.parity.twins import assert_equal, layer, twins
 
 peft = pytest.importorskip("peft")
@@ -35,3 +36,23 @@ def test_vb_lora_starts_like_theirs() -> None:
     assert abs(other.vblora_logits_A["default"].std() - 0.1) < 0.005
     for bank in (part.bank.vectors, other.vblora_vector_bank["default"]):
         assert 0.019 < bank.abs().max() <= 0.02
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_files_in_both_directions(compact: bool, tmp_path) -> None:
+    model, batch = FAMILIES["llama"]()
+    on = ["attention.query", "mlp.down"]
+    tuned = dw.attach(model, dw.VBLoRA(on=on, rank=2, vectors=12, length=8, keep_logits=not compact), seed=0)
+    with torch.no_grad():
+        next(tuned.parts()).bank.vectors.mul_(20)
+    tuned.run(1).emit("finished")
+    expected = model(**batch).logits
+    dw.save(model, tmp_path / "ours", format="peft")
+    theirs = peft.PeftModel.from_pretrained(FAMILIES["llama"]()[0], tmp_path / "ours").eval()
+    assert torch.allclose(theirs(**batch).logits, expected, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    fresh, _ = FAMILIES["llama"]()
+    back = dw.load(fresh, tmp_path / "theirs")
+    assert torch.allclose(fresh(**batch).logits, expected, atol=1e-5)
+    assert bool(back.parameters()) != compact
+    assert (back.method.rank, back.method.vectors, back.method.length, back.method.top) == (2, 12, 8, 2)
