@@ -19,6 +19,7 @@ from ...core.experts import PerExpert
 from ...core.init import normal, zeros
 from ...core.method import WeightMethod
 from ...core.operators.triplet import Triplet, compact
+from ...core.operators.two_planes import TwoPlanes
 from ...core.registry import method
 from ...core.rule import Rule, Run
 from ...core.tuned import Tuned
@@ -44,7 +45,7 @@ class AdaLoRA(WeightMethod):
         super().__post_init__()
         if self.target_rank > self.init_rank:
             raise ValueError(
-                f"adalora: target_rank={self.target_rank} is above init_rank={self.init_rank}; ranks only fall"
+                f"{self.slug}: target_rank={self.target_rank} is above init_rank={self.init_rank}; ranks only fall"
             )
 
     def delta(self, weight: Weight) -> Triplet:
@@ -81,7 +82,8 @@ class Budget(Rule):
         first, last = (int(t * total) if t < 1 else int(t) for t in (self.method.t_init, self.method.t_final))
         if first + last >= max(total, 1):
             raise ValueError(
-                f"adalora: t_init and t_final take {first} and {last} steps; their sum must be below the run's {total}"
+                f"{self.method.slug}: t_init and t_final take {first} and {last} steps; "
+                f"their sum must be below the run's {total}"
             )
         return first, total - last
 
@@ -171,7 +173,10 @@ class Budget(Rule):
 
 
 def triplets(tuned: Tuned) -> Iterator[tuple[str, nn.Parameter, nn.Parameter, nn.Parameter]]:
-    """Name, P, l, Q of every part; fused experts hold theirs stacked along a leading axis."""
+    """Name, P, l, Q of every part (of nested ones the inner factors); fused experts hold theirs stacked."""
+    names = {Triplet.__name__: ("p", "l", "q"), TwoPlanes.__name__: ("left", "e", "right")}
     for name, part in tuned.named_parts():
-        if isinstance(part, Triplet) or (isinstance(part, PerExpert) and part.kind == Triplet.__name__):
-            yield name, part.get_parameter("p"), part.get_parameter("l"), part.get_parameter("q")
+        kind = part.kind if isinstance(part, PerExpert) else type(part).__name__
+        if kind in names:
+            p, l, q = (part.get_parameter(key) for key in names[kind])
+            yield name, p, l, q
