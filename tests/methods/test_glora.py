@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import deltaworks as dw
+from deltaworks.core.evolution import Sizes, evolve
 from deltaworks.core.operators.general import BIAS_TERMS, WEIGHT_TERMS
 from deltaworks.methods.lowrank.glora import search
 from tests.methods.toys import attach, net, nudge, part
@@ -117,11 +118,11 @@ def test_a_supernet_draws_in_training_and_stands_still_in_evaluation() -> None:
     assert all(total.abs().sum() > 0 for total in totals.values())
 
 
-def find(budget: int, seed: int = 0, **settings):
+def find(budget: int, seed: int = 0):
     model, x, tuned = supernet()
     target = net(12, 8, 6, seed=1)[0](x).detach()
-    sizes = {"generations": 5, "population": 12, "keep": 4, "mutations": 6, "crossovers": 6} | settings
-    found = search(tuned, lambda: -float((model(x) - target).square().sum()), budget=budget, seed=seed, **sizes)
+    sizes = Sizes(generations=5, population=12, keep=4, mutations=6, crossovers=6)
+    found = search(tuned, lambda: -float((model(x) - target).square().sum()), budget=budget, sizes=sizes, seed=seed)
     return model, x, tuned, found, -float((model(x) - target).square().sum())
 
 
@@ -139,6 +140,21 @@ def test_the_search_keeps_the_budget_and_drops_what_is_not_chosen() -> None:
 def test_the_same_seed_is_the_same_search() -> None:
     found = [find(60, seed)[3] for seed in (0, 0, 1)]
     assert found[0] == found[1] and found[0].kinds != found[2].kinds
+
+
+def test_evolution_finds_the_best_within_a_budget_and_scores_nothing_twice() -> None:
+    costs = [{"none": 0, "small": 1, "large": 5}] * 6
+    worth = {"none": 0, "small": 2, "large": 3}
+    seen = []
+
+    def score(genome: tuple[str, ...]) -> float:
+        seen.append(genome)
+        assert sum(cost[kind] for cost, kind in zip(costs, genome, strict=True)) <= 10
+        return sum(worth[kind] for kind in genome)
+
+    best, history = evolve(costs, score, 10, Sizes(), seed=0)
+    assert len(set(seen)) == len(seen) and history == sorted(history)
+    assert sorted(best) == ["large", "small", "small", "small", "small", "small"]
 
 
 def test_without_a_supernet_there_is_nothing_to_search() -> None:

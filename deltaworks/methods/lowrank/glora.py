@@ -9,7 +9,6 @@ Fused experts have no bias of their own here and take A and B only.
 Use it where a merged change of any kind is welcome and a validation set can choose its shape.
 """
 
-import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...core import fields
+from ...core.evolution import Genome, Sizes, evolve
 from ...core.experts import PerExpert
 from ...core.init import zeros
 from ...core.method import LINEAR, Method, Placed, experts_of, label, weight_at
@@ -112,26 +112,17 @@ def search(
     score: Callable[[], float],
     *,
     budget: int = 1_000_000,
-    generations: int = 20,
-    population: int = 50,
-    keep: int = 10,
-    mutations: int = 25,
-    crossovers: int = 25,
-    probability: float = 0.2,
+    sizes: Sizes | None = None,
     seed: int = 0,
     settle: bool = True,
 ) -> Found:
     """Find every layer's configuration by evolution, and leave the adapter in it.
 
-    Each generation keeps the best `keep`, mutates and crosses them, and fills up with new ones at random; none is
-    scored twice, none is over the budget.
-
     Args:
         tuned: a `glora` adapter that was trained with `supernet=True`.
         score: a number for the model as it is set at the time, such as accuracy on held-out data; larger is better.
         budget: largest number of parameters of a configuration.
-        generations, population, keep, mutations, crossovers: sizes; the paper's by default.
-        probability: of drawing a term anew in a mutation.
+        sizes: of the search; none for the paper's.
         seed: the same seed gives the same search.
         settle: drop the tensors that the result does not use; else the supernet stays, set to the result.
 
@@ -141,63 +132,30 @@ def search(
     parts = {name: part for name, part in tuned.named_parts() if isinstance(part, Terms) and part.searching}
     if not parts:
         raise ValueError(f"{tuned.name} has no supernet to search; attach glora with supernet=True and train it")
-    draw = random.Random(seed)
-    genes = [(name, term, part.choices[term]) for name, part in parts.items() for term in part.choices]
-    costs = [{kind: _cost(parts[name], term, kind) for kind in kinds} for name, term, kinds in genes]
-    modes = {module: module.training for module in tuned.model.modules()}
+    genes = [(name, term) for name, part in parts.items() for term in part.choices]
+    costs = [{kind: _cost(parts[name], term, kind) for kind in parts[name].choices[term]} for name, term in genes]
 
-    def size(genome: tuple[str, ...]) -> int:
-        return sum(cost[kind] for cost, kind in zip(costs, genome, strict=True))
-
-    def fitting(genome: list[str]) -> tuple[str, ...]:
-        while size(tuple(genome)) > budget:
-            index = draw.randrange(len(genome))
-            cheaper = [kind for kind, cost in costs[index].items() if cost < costs[index][genome[index]]]
-            genome[index] = draw.choice(cheaper) if cheaper else genome[index]
-        return tuple(genome)
-
-    def drawn() -> list[str]:
-        return [draw.choice(kinds) for _, _, kinds in genes]
-
-    def configure(genome: tuple[str, ...]) -> None:
+    def configure(genome: Genome) -> None:
         for name, part in parts.items():
-            part.configure({t: kind for (n, t, _), kind in zip(genes, genome, strict=True) if n == name})
+            part.configure({term: kind for (owner, term), kind in zip(genes, genome, strict=True) if owner == name})
 
-    scores: dict[tuple[str, ...], float] = {}
-    best: list[tuple[str, ...]] = []
-    history = []
+    def scored(genome: Genome) -> float:
+        configure(genome)
+        return float(score())
+
+    modes = {module: module.training for module in tuned.model.modules()}
     tuned.model.eval()
     try:
-        for _ in range(generations):
-            young: dict[tuple[str, ...], None] = {}
-            for kind, number in (("mutation", mutations), ("crossover", crossovers), ("random", population)):
-                for _ in range(number):
-                    if len(young) >= population or (kind != "random" and not best):
-                        break
-                    genome = drawn()
-                    if kind == "mutation":
-                        parent = draw.choice(best)
-                        genome = [g if draw.random() < probability else p for g, p in zip(genome, parent, strict=True)]
-                    elif kind == "crossover":
-                        pair = draw.choice(best), draw.choice(best)
-                        genome = [draw.choice(both) for both in zip(*pair, strict=True)]
-                    candidate = fitting(genome)
-                    if candidate not in scores:
-                        young[candidate] = None
-            for genome in young:
-                configure(genome)
-                scores[genome] = float(score())
-            best = sorted(scores, key=lambda genome: scores[genome], reverse=True)[:keep]
-            history.append(scores[best[0]])
+        best, history = evolve(costs, scored, budget, sizes or Sizes(), seed)
     finally:
         for module, mode in modes.items():
             module.training = mode
-    configure(best[0])
+    configure(best)
     kinds = {name: dict(part.kinds) for name, part in parts.items()}
     if settle:
         for name, part in parts.items():
             tuned.exchange(name, part.settled())
-    return Found(kinds, scores[best[0]], size(best[0]), history)
+    return Found(kinds, history[-1], sum(cost[kind] for cost, kind in zip(costs, best, strict=True)), history)
 
 
 def _cost(part: Terms, term: str, kind: str) -> int:
