@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import deltaworks as dw
+from deltaworks.model.loading import load_base
 from deltaworks.statistics import second_moments
 from tests.families import FAMILIES
 
@@ -108,3 +109,15 @@ def test_what_it_cannot_see_is_refused_by_name() -> None:
         dw.attach(model, dw.EVA(), data=[batch])
     tuned = dw.attach(model, dw.EVA(on="attention"), data=[batch])
     assert list(tuned.parts())
+
+
+def test_a_quantised_base_is_measured_like_any_other(tmp_path) -> None:
+    pytest.importorskip("bitsandbytes")
+    full, batches = data(1)
+    full.save_pretrained(tmp_path)
+    model = load_base(tmp_path, quantize="nf4")
+    tuned = dw.attach(model, dw.EVA(on=ON, rank=2, rho=1.0), data=batches, seed=0)
+    part = next(part for part in tuned.parts() if part.site.path.endswith("0.self_attn.q_proj"))
+    # The first layer's queries read what the quantised layers have not touched yet.
+    twin = next(dw.attach(full, dw.EVA(on="attention.query", rank=2, rho=1.0), data=batches, seed=0).parts())
+    assert torch.linalg.svdvals(part.a @ twin.a.T).min() > 0.99
