@@ -8,6 +8,7 @@ count.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +16,20 @@ from torch import Tensor, nn
 from ..core.attach import find_state, named_parts
 from ..core.graft import graft_of
 from ..core.part import Trained
+from ..model.anatomy import Site
 from ..model.weights import Weight, is_quantised
 
 SAMPLE = 64
 """Values taken of each parameter."""
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, without: Iterable[Site] = ()) -> str:
     """`<names and shapes>:<values>` of the base below whatever is attached, each 16 hexadecimal digits.
 
     The second is empty where values cannot be read as they were trained: quantised, sharded or on the meta device.
+    `without` are the parameters that an adapter brings itself, such as a new head, which is another in every base.
     """
+    brought = {f"{site.path}.{site.parameter or 'weight'}".lstrip(".") for site in without}
     shapes, values = hashlib.sha256(), hashlib.sha256()
     readable = True
     originals = _originals(model)
@@ -37,7 +41,7 @@ def fingerprint(model: nn.Module) -> str:
         shape = Weight(model.get_submodule(path), own).full_shape if is_quantised(parameter) else tuple(parameter.shape)
         shapes.update(f"{name} {list(shape)}\n".encode())
         readable &= not (is_quantised(parameter) or parameter.is_meta or hasattr(parameter, "full_tensor"))
-        if readable:
+        if readable and name not in brought:
             values.update(_sample(parameter.detach()))
     return f"{shapes.hexdigest()[:16]}:{values.hexdigest()[:16] if readable else ''}"
 

@@ -38,6 +38,7 @@ def describe_adapter(model: nn.Module, name: str, library: str) -> tuple[dict[st
     base = describe(model)
     values: Values = {}
     parts = []
+    brought = [part.site for _, part in named_parts(model, name) if isinstance(part, Trained)]
     lent: set[str] = set()
     for (path, label), (_, part) in zip(adapter.places, named_parts(model, name), strict=True):
         own = {"": learned(model, part)} if isinstance(part, Trained) else part.tensors()
@@ -60,7 +61,7 @@ def describe_adapter(model: nn.Module, name: str, library: str) -> tuple[dict[st
         "base": {
             "class": type(model).__name__,
             "name": base_name(model),
-            "fingerprint": fingerprint(model),
+            "fingerprint": fingerprint(model, brought),
             "hidden_size": base.hidden_size,
         },
         "shared": {

@@ -215,7 +215,7 @@ def _file(folder: Path, name: str) -> Path:
 
 def _another_base(model: nn.Module, folder: Path, base: dict[str, Any], plan: reading.Plan) -> str | None:
     """A warning when the adapter was trained on other weights; an error when its activations cannot fit."""
-    here = fingerprint(model)
+    here = fingerprint(model, [item.site for item in plan.placed if isinstance(item.part, Trained)])
     if same(here, base["fingerprint"]):
         return None
     wide = describe(model).hidden_size
