@@ -37,8 +37,8 @@ from .mixin import DeltaworksMixin
 from .recipe import Recipe, differing
 
 Progress = Callable[..., None]
-"""Called as `progress(event, **figures)`: "base", "data" and "adapter" when they are there, "before", "step" (step,
-total, loss, lr), "evaluated", "saved", "after", "done"; for terminals and logs."""
+"""Called as `progress(event, **figures)`: "base", "data" and "adapter" when they are there, "before", "resumed",
+"step" (step, total, loss, lr), "evaluated", "saved", "after", "done"; for terminals and logs."""
 
 # What may differ between a run and its continuation: none of it changes what is learned.
 FREE = ("output", "save_every", "keep", "evaluate_every", "samples", "sample_length", "device")
@@ -151,6 +151,8 @@ def tune(recipe: Recipe, *, resume: bool = False, progress: Progress | None = No
     trainer.prepared = prepared
     trainer.remove_callback(PrinterCallback)
     start = latest(output / "checkpoints") if resume else None
+    if start:
+        tell("resumed", step=step_of(start))
     memory.forget()
     outcome = trainer.train(resume_from_checkpoint=str(start) if start else None)
     peak = memory.bytes()
@@ -184,6 +186,7 @@ def tune(recipe: Recipe, *, resume: bool = False, progress: Progress | None = No
         "peak_memory_bytes": peak,
         "throughput": {
             "seconds": seconds,
+            "steps": made,
             "steps_per_second": made / seconds if seconds else 0.0,
             "examples_per_second": made * _window(arguments) / seconds if seconds else 0.0,
             "tokens_per_second": float(trainer.tokens) / seconds if seconds else 0.0,

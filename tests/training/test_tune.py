@@ -36,6 +36,7 @@ def run(base: str, data: str, output: Path, **options: Any) -> Result:
     return tune(Recipe.of(chosen, {"base": base, "data": data, "output": str(output), "device": "cpu"}, options))
 
 
+@pytest.mark.filterwarnings("error:.*trained on other weights")
 @pytest.mark.parametrize("task", TASKS)
 def test_a_task_is_learned_from_its_data_alone(task: str, tmp_path: Path, base: Folder, data: Folder) -> None:
     family, kind, figures = TASKS[task]
