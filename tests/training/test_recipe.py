@@ -83,3 +83,12 @@ def test_a_file_that_is_no_recipe_is_refused(content: str, message: str, tmp_pat
         Recipe.read(tmp_path)
     with pytest.raises(FileNotFoundError):
         Recipe.read(tmp_path / "none.yaml")
+
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_the_recipes_that_come_along_can_be_read(file: Path) -> None:
+    recipe = Recipe.read(file)
+    assert recipe.complete().lr is not None
