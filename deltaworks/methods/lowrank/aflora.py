@@ -2,9 +2,10 @@
 
 W' = W + diag(u) B diag(d) A,  A, B Kaiming uniform (a = 0),  d = 0.1,  u = 0. The vectors train throughout. A and B
 train only where the weight is not square, and freeze one by one: every `interval` steps each gets a score, the mean
-over its entries of (smoothed |gradient|) * (its smoothed deviation), and those whose score lies below the quantile 1 - keep
-of all entries' scores freeze, keep falling as a cubic from 1 to 0 between `t_init` and `t_final`. A frozen matrix needs no
-gradient, no optimizer state, and, if it is A, no saved input. As in the official code the score is of |g|, not |w g|.
+over its entries of (smoothed |gradient|) * (its smoothed deviation), and those whose score lies below the quantile
+1 - keep of all entries' scores freeze, keep falling as a cubic from 1 to 0 between `t_init` and `t_final`. A frozen
+matrix needs no gradient, no optimizer state, and, if it is A, no saved input. As in the official code the score is of
+|g|, not |w g|.
 Use it as a VeRA of low rank that learns its projections: it ends at `rank + out` trained values a layer.
 """
 
