@@ -114,7 +114,7 @@ def attach(
         measured = method.measure(base, data)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs' generators as well
         shared = method.shared(base)
         placed = list(method.parts(base, shared, measured))
     if also is not None:
@@ -167,6 +167,12 @@ def install(
             )
     keep_differentiable(model)
     _tell_of_dropout(model, placed)
+    # Whatever can fail comes before the model is touched.
+    for item in placed:
+        _home(item.part, model, item.site)
+        item.part.site = item.site
+        if isinstance(item.part, Delta) and item.site.parameter:
+            item.part.settle(weight_at(model, item.site))
     if not state.adapters:
         state.flags = {path: parameter.requires_grad for path, parameter in model.named_parameters()}
         model.requires_grad_(False)
@@ -174,10 +180,6 @@ def install(
     places = []
     for item in placed:
         module = model.get_submodule(item.site.path)
-        _home(item.part, model, item.site)
-        item.part.site = item.site
-        if isinstance(item.part, Delta) and item.site.parameter:
-            item.part.settle(weight_at(model, item.site))
         uncalled = [item.site.parameter] if not item.site.called and item.site.parameter else []
         graft(module, state.board, uncalled).add(name, item.label, item.part)
         item.part.train(module.training)
@@ -480,7 +482,10 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         unmerge(model)
     active = tuple(one for one in state.board.active if one not in names)
     _leave(model, state.board.active)
+    kept = {id(parameter) for one in state.adapters if one not in names for _, parameter in _trained(model, one)}
     for one in names:
+        for _, parameter in _trained(model, one):
+            parameter.requires_grad_(id(parameter) in kept and parameter.requires_grad)
         for path, _ in state.adapters[one].places:
             module = model.get_submodule(path)
             found = graft_of(module)

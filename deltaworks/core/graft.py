@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..model.weights import CONVOLUTIONS, Weight, consumes, dequantised
 from .attention import Attending, attended
@@ -270,7 +271,7 @@ def _linear(layer: nn.Module, call: Callable[..., Tensor], deltas: list[Delta], 
         if any(delta.training and getattr(delta, "dropout", 0.0) for delta in folds):
             warnings.warn("dropout does not act where changes of a weight are folded one into another", stacklevel=2)
         y = effective_linear(x, layer, folds)
-    elif alone and sides[0].site.rows is None and type(stored) is nn.Parameter and not stored.requires_grad:
+    elif alone and sides[0].site.rows is None and _ordinary(layer, stored):
         bias = layer._parameters.get("bias")
         if not (bias is not None and bias.requires_grad):
             y = sides[0].with_base(x, weight.canonical(stored), bias)
@@ -292,6 +293,17 @@ def _linear(layer: nn.Module, call: Callable[..., Tensor], deltas: list[Delta], 
         if delta.site.parameter == "bias":
             y = y + _spread(delta, layer, y.shape[-1]).to(y.dtype)
     return y
+
+
+def _ordinary(layer: nn.Module, stored: Any) -> bool:
+    """Whether the layer is a plain product with a frozen weight, which a fused function may take over."""
+    base = getattr(type(layer), "_deltaworks_base", type(layer))
+    return (
+        type(stored) is nn.Parameter
+        and stored.dtype.itemsize > 1  # one-byte floats carry a scale elsewhere
+        and not stored.requires_grad
+        and base.forward in (nn.Linear.forward, Conv1D.forward)
+    )
 
 
 def _gained(deltas: Sequence[Delta], layer: nn.Module, y: Tensor) -> Tensor:

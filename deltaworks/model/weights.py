@@ -30,7 +30,8 @@ def consumes(layer: nn.Module) -> str:
 def is_quantised(tensor: Tensor) -> bool:
     """Whether a parameter's storage is not its value: bitsandbytes' packed integers, torchao's tensor subclasses."""
     return (
-        hasattr(tensor, "quant_state")
+        (tensor.is_floating_point() and tensor.dtype.itemsize == 1)
+        or hasattr(tensor, "quant_state")
         or hasattr(tensor, "SCB")
         or type(tensor).__module__.startswith("torchao")
         or type(tensor.data).__module__.startswith("torchao")
@@ -50,7 +51,23 @@ def dequantised(layer: nn.Module, tensor: Tensor) -> Tensor:
 
         scale = tensor.SCB if tensor.SCB is not None else layer.state.SCB  # type: ignore[union-attr]
         return int8_vectorwise_dequant(tensor.data, cast(Tensor, scale))
+    if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+        return _from_float8(layer, tensor)
     return tensor.data.dequantize()  # type: ignore[operator]
+
+
+def _from_float8(layer: nn.Module, tensor: Tensor) -> Tensor:
+    """The value of a float8 weight whose layer keeps its scales, one a block, row or tensor."""
+    for name in ("weight_scale_inv", "weight_scale"):
+        scale = getattr(layer, name, None)
+        if isinstance(scale, Tensor):
+            whole = scale.float()
+            for dim in range(whole.dim()):
+                if whole.shape[dim] != tensor.shape[dim]:
+                    repeats = -(-tensor.shape[dim] // whole.shape[dim])
+                    whole = whole.repeat_interleave(repeats, dim)[(slice(None),) * dim + (slice(tensor.shape[dim]),)]
+            return tensor.float() * whole
+    raise ValueError(f"{type(layer).__name__} keeps float8 weights without a known scale; load the base unquantised")
 
 
 def keep_differentiable(model: nn.Module) -> None:
@@ -165,7 +182,7 @@ class Weight:
         stored = self.stored
         if stored is None:
             stored = next(self.layer.parameters())
-        if stored.is_floating_point():
+        if stored.is_floating_point() and stored.dtype.itemsize > 1:
             return stored.dtype
         state = getattr(stored, "quant_state", None)
         return state.dtype if state is not None else torch.get_default_dtype()

@@ -46,6 +46,8 @@ def head_of(model: nn.Module) -> nn.Linear | None:
         return None
     if head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad):
         return None
+    if "forward" in head.__dict__ or head._forward_hooks or head._forward_pre_hooks:
+        return None
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if any(getattr(text, name, None) not in (None, False, 1, 1.0) for name in AFTER_THE_HEAD):
         return None

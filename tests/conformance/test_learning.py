@@ -13,7 +13,7 @@ import deltaworks as dw
 from deltaworks import nursery
 from tests.conformance.subject import METHODS
 
-STEPS, ROWS, LENGTH = 10, 6, 64
+STEPS, ROWS, LENGTH = 8, 4, 48
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 import deltaworks as dw
 from deltaworks.core.zeroth_order import ZerothOrder
 from deltaworks.training.head import head_of
+from tests.families import FAMILIES
 
 
 class Tied(nn.Module):
@@ -155,3 +156,56 @@ def test_an_adapted_model_runs_on_the_meta_device(slug: str) -> None:
         model = Tied()
         dw.attach(model, dw.method(slug, on="mid", rank=2))
         assert model(torch.zeros(2, 3, dtype=torch.long)).shape == (2, 3, 11)
+
+
+def test_a_failing_part_leaves_the_model_as_it_was(monkeypatch) -> None:
+    from deltaworks.core.operators.low_rank import LowRank
+
+    model, batch = FAMILIES["llama"]()
+    base, classes = model(**batch).logits, [type(module) for module in model.modules()]
+
+    def fail(self, weight) -> None:
+        raise ValueError("no constants for this weight")
+
+    monkeypatch.setattr(LowRank, "settle", fail)
+    with pytest.raises(ValueError, match="no constants"):
+        dw.attach(model, dw.LoRA(rank=2))
+    assert [type(module) for module in model.modules()] == classes
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(model(**batch).logits, base)
+
+
+def test_what_a_detached_adapter_trained_in_place_is_frozen_again_beside_another() -> None:
+    model, _ = FAMILIES["llama"]()
+    dw.attach(model, dw.LoRA(rank=2), name="stays")
+    dw.attach(model, dw.LoRA(rank=2), name="goes", also="head")
+    assert model.lm_head.weight.requires_grad
+    dw.detach(model, "goes")
+    assert not model.lm_head.weight.requires_grad
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_is_called() -> None:
+    class Doubled(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(Doubled(4, 3)), torch.randn(2, 4)
+    base = model(x)
+    dw.attach(model, dw.LoRA(rank=2, on=Doubled))
+    assert torch.allclose(model(x), base)
+
+
+def test_float8_weights_are_read_with_their_scales() -> None:
+    from deltaworks.model.weights import Weight
+
+    torch.manual_seed(0)
+    layer, plain = torch.nn.Linear(8, 6, bias=False), torch.randn(6, 8)
+    scale = plain.view(3, 2, 2, 4).abs().amax((1, 3)) / 448
+    packed = plain / scale.repeat_interleave(2, 0).repeat_interleave(4, 1)
+    layer.weight = torch.nn.Parameter(packed.to(torch.float8_e4m3fn), requires_grad=False)
+    layer.weight_scale_inv = scale
+    assert (Weight(layer).matrix() - plain).abs().max() <= 0.07 * plain.abs().max()
+    del layer.weight_scale_inv
+    with pytest.raises(ValueError, match="float8"):
+        Weight(layer).matrix()
