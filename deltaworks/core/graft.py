@@ -271,7 +271,7 @@ def _linear(layer: nn.Module, call: Callable[..., Tensor], deltas: list[Delta], 
         if any(delta.training and getattr(delta, "dropout", 0.0) for delta in folds):
             warnings.warn("dropout does not act where changes of a weight are folded one into another", stacklevel=2)
         y = effective_linear(x, layer, folds)
-    elif alone and sides[0].site.rows is None and _ordinary(layer, stored):
+    elif alone and sides[0].site.rows is None and stored is not None and _ordinary(layer, stored):
         bias = layer._parameters.get("bias")
         if not (bias is not None and bias.requires_grad):
             y = sides[0].with_base(x, weight.canonical(stored), bias)
