@@ -213,6 +213,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
+    if len(numbers) != len(parameters):
+        raise ValueError(f"the checkpoint's optimizer has {len(numbers)} tensors, the adapter {len(parameters)}")
     for number, parameter in zip(numbers, parameters, strict=True):
         held = state["state"].get(number)
         if held is None or not isinstance(parameter, DTensor):

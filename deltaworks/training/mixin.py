@@ -38,7 +38,7 @@ class DeltaworksMixin(_Base):
         adapter: name of the adapter that is trained; the last one attached by default.
 
     Raises:
-        ValueError: when nothing is attached.
+        ValueError: when nothing is attached, or PEFT is asked to attach something as well.
     """
 
     def __init__(self, model: Any = None, *args: Any, adapter: str | None = None, **kwargs: Any) -> None:
@@ -50,6 +50,8 @@ class DeltaworksMixin(_Base):
         if not isinstance(model, nn.Module) or find_state(model) is None:
             kind = type(model).__name__
             raise ValueError(f"{type(self).__name__} trains an adapter, {kind} has none; call dw.attach first")
+        if kwargs.get("peft_config") is not None:
+            raise ValueError("the model has an adapter of its own already; leave peft_config out")
         handle = tuned(model, adapter)
         if _needs_reference(type(self)) and kwargs.get("ref_model") is None:
             kwargs["ref_model"] = Reference(model)

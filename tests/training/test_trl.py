@@ -87,6 +87,14 @@ def test_the_reference_of_dpo_is_the_base_without_a_second_model(
     assert losses(trainer)[0] != pytest.approx(0.6931, abs=1e-3)
 
 
+def test_two_kinds_of_adapters_at_once_are_refused(tmp_path: Path, tokenizer: Any) -> None:
+    from peft import LoraConfig
+
+    config = SFTConfig(str(tmp_path), **ARGUMENTS)
+    with pytest.raises(ValueError, match="leave peft_config out"):
+        Sft(adapted()[0], config, train_dataset=COMPLETIONS, processing_class=tokenizer, peft_config=LoraConfig())
+
+
 def test_a_changed_head_is_seen_by_trl(tmp_path: Path, tokenizer: Any) -> None:
     model, _ = FAMILIES["llama"]()
     tuned = dw.attach(model, dw.LoRA(rank=2, on="head"), seed=0)

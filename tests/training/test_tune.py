@@ -148,6 +148,25 @@ def test_an_output_folder_is_not_overwritten(tmp_path: Path, base: Folder, data:
             tune(Recipe.read(output / "recipe.yaml", output=str(tmp_path / "other")), resume=resume)
 
 
+@pytest.mark.parametrize("task", ["masked-lm", "token-classification", "seq2seq"])
+def test_a_stopped_run_goes_on_in_every_task(task: str, tmp_path: Path, base: Folder, data: Folder) -> None:
+    family, kind, _ = TASKS[task]
+    whole = run(base(family), data(kind), tmp_path / "whole", save_every=4, steps=11)
+
+    def stop(event: str, **figures: Any) -> None:
+        if event == "step" and figures["step"] == 10:  # in the second epoch
+            raise KeyboardInterrupt
+
+    recipe = Recipe.read(tmp_path / "whole" / "recipe.yaml", output=str(tmp_path / "stopped"))
+    with pytest.raises(KeyboardInterrupt):
+        tune(recipe, progress=stop)
+    heard = []
+    again = tune(recipe, resume=True, progress=lambda event, **figures: heard.append((event, figures.get("step"))))
+    assert again.resumed == 8 and ("resumed", 8) in heard
+    assert (again.adapter / "adapter.safetensors").read_bytes() == (whole.adapter / "adapter.safetensors").read_bytes()
+    assert again.metrics["losses"] == whole.metrics["losses"] and again.after == whole.after
+
+
 def test_nothing_held_out_is_said(tmp_path: Path, base: Folder, data: Folder) -> None:
     result = run(base("llama"), data("completions"), tmp_path / "out", steps=2, validation=0)
     assert result.before is None and result.after is None
