@@ -412,7 +412,7 @@ def _changes(model: nn.Module, state: State, untie: bool) -> list[tuple[str, str
                 continue
             if not part.mergeable or not isinstance(part, Delta) or not method.mergeable:
                 raise ValueError(
-                    f"{method.slug} cannot be merged: {type(part).__name__} at {full} is not a change of a weight; "
+                    f"{method.slug} cannot be merged: {type(part).__name__} at {full} is no fixed change of a weight; "
                     "keep the adapter beside the base"
                 )
             module = model.get_submodule(part.site.path)
