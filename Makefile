@@ -19,7 +19,7 @@ demo: $(VENV)/.installed-base
 
 # One thread per worker: torch would otherwise start a thread per core in each of them.
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m bench $(if $(ONLY),--only $(ONLY)) $(ARGS)
