@@ -29,9 +29,12 @@ def consumes(layer: nn.Module) -> str:
 
 def is_quantised(tensor: Tensor) -> bool:
     """Whether a parameter's storage is not its value: bitsandbytes' packed integers, torchao's tensor subclasses."""
+    if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+        return True
+    if type(tensor) in (Tensor, nn.Parameter):  # an answer that compilation can follow
+        return False
     return (
-        (tensor.is_floating_point() and tensor.dtype.itemsize == 1)
-        or hasattr(tensor, "quant_state")
+        hasattr(tensor, "quant_state")
         or hasattr(tensor, "SCB")
         or type(tensor).__module__.startswith("torchao")
         or type(tensor.data).__module__.startswith("torchao")

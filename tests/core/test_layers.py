@@ -197,3 +197,13 @@ def test_dropout_that_cannot_act_is_told() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dw.attach(model, dw.LoRA(rank=2, dropout=0.1, on="attention"))
+
+
+def test_an_adapted_model_compiles_to_one_graph() -> None:
+    from tests.families import FAMILIES
+
+    torch._dynamo.reset()
+    model, batch = FAMILIES["llama"]()
+    moved(dw.attach(model, dw.LoRA(rank=2)))
+    expected = model(**batch).logits
+    assert torch.allclose(torch.compile(model, backend="eager", fullgraph=True)(**batch).logits, expected, atol=1e-5)
