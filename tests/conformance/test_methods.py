@@ -216,11 +216,7 @@ def test_gradient_checkpointing_changes_nothing(slug: str, reentrant: bool) -> N
 @every
 def test_it_compiles(slug: str) -> None:
     torch._dynamo.reset()
-    model, batch = build("llama")
-    # One block has every kind of layer, and compiling is slow.
-    model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
-    tuned = attach(model, slug, "llama")
-    nudge(tuned)
+    model, batch, tuned = adapted(slug)
     expected = loss(model, batch)
     expected.backward()
     plain = [p.grad.clone() for p in tuned.parameters()]
