@@ -28,11 +28,11 @@ def command(
         return
     from ..model.anatomy import Site, describe
     from ..model.loading import load_meta
-    from ..nursery import resolve
+    from .opening import base_name
 
     if on is not None and method is not None:
         raise ValueError("--on and --method both say what to mark; give one of them")
-    model = load_meta(str(resolve(what)) if what.startswith("nursery:") else what, task)
+    model = load_meta(base_name(what), task)
     anatomy = describe(model)
     marked: list[Site] = []
     if on is not None:

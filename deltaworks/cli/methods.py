@@ -108,8 +108,7 @@ def default(item: dataclasses.Field) -> Any:
 def _sizes(base: str, task: str, chosen: list[Any]) -> dict[str, dict[str, Any]]:
     from ..core.costs import size_on
     from ..model.loading import load_meta
-    from ..nursery import resolve
+    from .opening import base_name
 
-    name = str(resolve(base)) if base.startswith("nursery:") else base
-    model = load_meta(name, task)
+    model = load_meta(base_name(base), task)
     return {cls.slug: size_on(model, cls()) for cls in chosen}

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..model.weights import CONVOLUTIONS, Weight, consumes, dequantised
 from .attention import Attending, attended
-from .operators.effective import effective_linear
+from .operators.effective import effective_linear, folded
 from .part import Delta, Module, Part, Trained, Wrapper
 
 
@@ -241,15 +241,7 @@ def _folded(layer: nn.Module, parameter: str, deltas: Sequence[Delta]) -> Tensor
     """A parameter in storage layout with deltas folded in, one after the other; a missing bias counts as zero."""
     view = Weight(layer, parameter)
     whole = view.matrix() if view.stored is None else view.canonical(dequantised(layer, view.stored))
-    for delta in deltas:
-        rows = delta.site.rows
-        if rows is None:
-            whole = delta.fold(whole)
-        else:
-            part = delta.view(layer, parameter)
-            dim = -2 if whole.dim() > 1 else 0
-            whole = part.replaced(delta.fold(whole.index_select(dim, part.index())), whole)
-    return view.layout(whole)
+    return view.layout(folded(layer, parameter, deltas, whole))
 
 
 def _linear(layer: nn.Module, call: Callable[..., Tensor], deltas: list[Delta], x: Tensor) -> Tensor:

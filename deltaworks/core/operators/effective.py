@@ -26,7 +26,7 @@ def effective_linear(x: Tensor, layer: nn.Module, deltas: Sequence[Delta]) -> Te
     view = Weight(layer)
     if view.stored is not None and view.stored.requires_grad and not view.quantised:
         # A weight that trains itself under its deltas: autograd must see the whole fold.
-        return nn.functional.linear(x, _fold(layer, deltas, view.canonical(view.stored)).to(x.dtype), bias)
+        return nn.functional.linear(x, folded(layer, "weight", deltas, view.canonical(view.stored)).to(x.dtype), bias)
     eager = not (torch.compiler.is_compiling() or x.is_meta or torch.is_autocast_enabled(x.device.type))
     if not eager or not torch.is_grad_enabled():
         return nn.functional.linear(x, _fold(layer, deltas).to(x.dtype), bias)
@@ -45,15 +45,20 @@ def _fold_bias(layer: nn.Module, deltas: Sequence[Delta]) -> Tensor | None:
     return bias
 
 
-def _fold(layer: nn.Module, deltas: Sequence[Delta], start: Tensor | None = None) -> Tensor:
-    whole = Weight(layer).matrix() if start is None else start
+def folded(layer: nn.Module, parameter: str, deltas: Sequence[Delta], whole: Tensor) -> Tensor:
+    """A canonical parameter, starting from the value `whole`, with deltas folded in, one after the other."""
     for delta in deltas:
         if delta.site.rows is None:
             whole = delta.fold(whole)
         else:
-            part = delta.view(layer)
-            whole = part.replaced(delta.fold(whole.index_select(0, part.index())), whole)
+            part = delta.view(layer, parameter)
+            dim = -2 if whole.dim() > 1 else 0
+            whole = part.replaced(delta.fold(whole.index_select(dim, part.index())), whole)
     return whole
+
+
+def _fold(layer: nn.Module, deltas: Sequence[Delta]) -> Tensor:
+    return folded(layer, "weight", deltas, Weight(layer).matrix())
 
 
 class _EffectiveLinear(torch.autograd.Function):
