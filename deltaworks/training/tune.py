@@ -85,7 +85,59 @@ class Result:
         return self.metrics["after"]
 
 
-def tune(recipe: Recipe, *, resume: bool = False, progress: Progress | None = None) -> Result:
+@dataclass(frozen=True)
+class Opened:
+    """What a run begins with: the data as the base reads them, and the base on its device, with a head for the labels.
+
+    Attributes:
+        data: rows as they were read.
+        prepared: the same as batches are made of them.
+        processor: the tokenizer, or for images their processor, None where the base has none.
+        model: the base, nothing attached.
+        arguments: the trainer's.
+        memory: counts from before the base was loaded.
+    """
+
+    task: str
+    data: Data
+    prepared: Prepared
+    processor: Any
+    model: Any
+    arguments: TrainingArguments
+    memory: PeakMemory
+
+    @property
+    def device(self) -> torch.device:
+        return self.arguments.device
+
+
+def open_run(recipe: Recipe, tell: Progress = lambda event, **figures: None) -> Opened:
+    """Read the data and load the base of a recipe, as `tune` does; the global seed is set to the recipe's.
+
+    Raises:
+        ValueError, OSError: as `tune`.
+    """
+    set_seed(recipe.seed)
+    data = load(
+        recipe.data, format=recipe.format, columns=recipe.columns, split=recipe.split, validation=recipe.validation,
+        on_bad_row=recipe.on_bad_row,  # type: ignore[arg-type]
+        limit=recipe.limit, seed=recipe.seed,
+    )  # fmt: skip
+    place = str(base_path(recipe.base)) if recipe.base.startswith(PREFIX) else recipe.base
+    task = recipe.task or _task(data, place, recipe)
+    processor = _processor(place, task, recipe)
+    prepared = _prepared(data, task, processor, place, recipe)
+    tell("data", rows=len(prepared.train), held_out=len(prepared.validation or ()), task=task)
+    arguments = _arguments(recipe, Path(recipe.complete().output or "") / "checkpoints", prepared)
+    memory = PeakMemory(arguments.device)
+    model = _base(place, task, prepared, arguments.device, recipe)
+    tell("base", name=recipe.base, kind=type(model).__name__, device=str(arguments.device))
+    return Opened(task, data, prepared, processor, model, arguments, memory)
+
+
+def tune(
+    recipe: Recipe, *, resume: bool = False, progress: Progress | None = None, opened: Opened | None = None
+) -> Result:
     """Run a recipe.
 
     A run that was stopped at whatever moment and is resumed ends with the adapter of the run that was not: bit for bit
@@ -95,6 +147,7 @@ def tune(recipe: Recipe, *, resume: bool = False, progress: Progress | None = No
         recipe: what to do.
         resume: go on from the newest checkpoint in the output folder; from the beginning when there is none.
         progress: hears how far the run is.
+        opened: what `open_run(recipe)` gave just before, when a caller has looked at it or changed what is held out.
 
     Raises:
         ValueError: one line, when recipe, base and data do not go together, when the output folder holds something and
@@ -110,23 +163,9 @@ def tune(recipe: Recipe, *, resume: bool = False, progress: Progress | None = No
         tell("done", output=output)
         return Result(output, json.loads((output / "metrics.json").read_text(encoding="utf-8")), finished_before=True)
 
-    set_seed(recipe.seed)
-    data = load(
-        recipe.data, format=recipe.format, columns=recipe.columns, split=recipe.split, validation=recipe.validation,
-        on_bad_row=recipe.on_bad_row,  # type: ignore[arg-type]
-        limit=recipe.limit, seed=recipe.seed,
-    )  # fmt: skip
-    place = str(base_path(recipe.base)) if recipe.base.startswith(PREFIX) else recipe.base
-    task = recipe.task or _task(data, place, recipe)
-    processor = _processor(place, task, recipe)
-    prepared = _prepared(data, task, processor, place, recipe)
-    tell("data", rows=len(prepared.train), held_out=len(prepared.validation or ()), task=task)
-
-    arguments = _arguments(recipe, output / "checkpoints", prepared)
-    device = arguments.device
-    memory = PeakMemory(device)
-    model = _base(place, task, prepared, device, recipe)
-    tell("base", name=recipe.base, kind=type(model).__name__, device=str(device))
+    opened = opened or open_run(recipe, tell)
+    data, prepared, processor, task = opened.data, opened.prepared, opened.processor, opened.task
+    model, device, memory, arguments = opened.model, opened.device, opened.memory, opened.arguments
     tuned = _attached(model, prepared, device, recipe)
     summary = tuned.summary()
     tell("adapter", method=recipe.method, trainable=summary.trainable, share=summary.share)
