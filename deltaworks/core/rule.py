@@ -71,6 +71,10 @@ class Rule:
     def finished(self, run: Run) -> None:
         """Training is over; the adapter may take its final, compact form."""
 
+    def resumed(self, run: Run) -> None:
+        """After `load_state_dict`: a rule that exchanges parts gives the adapter, and the optimizer's groups, the
+        structure they had. The tensors' values are read after this; in a plain loop they may be there already."""
+
     def penalty(self, run: Run) -> Tensor | None:
         """A term added to the loss of every forward pass, or None."""
         return None
@@ -139,3 +143,4 @@ class Rules:
         self.run.step, self.run.history = state["step"], state["history"]
         for rule, item in zip(self.rules, state["rules"], strict=True):
             rule.load_state_dict(item["state"])
+            rule.resumed(self.run)

@@ -106,8 +106,8 @@ class DeltaworksMixin(_Base):
             return
         folder = Path(checkpoint)
         self.begin()
-        saved.read_adapter(self.tuned, folder)
         self.rules.load_state_dict(_unpickled(folder / saved.RULES))
+        saved.read_adapter(self.tuned, folder)
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         assert optimizer is not None
         saved.restore_optimizer(optimizer, _unpickled(folder / saved.OPTIMIZER))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..moments import keep
 from .low_rank import Factored
 
 
@@ -40,7 +41,7 @@ class Triplet(Factored):
 
 
 @torch.no_grad()
-def compact(p: nn.Parameter, l: nn.Parameter, q: nn.Parameter) -> None:
+def compact(p: nn.Parameter, l: nn.Parameter, q: nn.Parameter, optimizer: Any = None) -> None:
     """Drop the triplets whose weight is zero, in place; the parameters take new shapes.
 
     In a stack (leading axes, one for each matrix) all keep as many as the matrix with the most.
@@ -49,11 +50,10 @@ def compact(p: nn.Parameter, l: nn.Parameter, q: nn.Parameter) -> None:
         p: `... x out x rank`.
         l: `... x rank`.
         q: `... x rank x in`.
+        optimizer: whose state of what stays goes along.
     """
     zero = l == 0
     rank = int((~zero).sum(-1).max())
-    keep = zero.int().argsort(dim=-1, stable=True)[..., :rank].sort(dim=-1).values
-    p.data = p.data.take_along_dim(keep.unsqueeze(-2), dim=-1).contiguous()
-    l.data = l.data.take_along_dim(keep, dim=-1)
-    q.data = q.data.take_along_dim(keep.unsqueeze(-1), dim=-2).contiguous()
-    p.grad = l.grad = q.grad = None
+    chosen = zero.int().argsort(dim=-1, stable=True)[..., :rank].sort(dim=-1).values
+    for tensor, dim in ((p, -1), (l, -1), (q, -2)):
+        keep(tensor, chosen, dim, optimizer)

@@ -163,7 +163,7 @@ class Budget(Rule):
     def finished(self, run: Run) -> None:
         if run.step > self.phases(run)[0]:
             for _, p, l, q in triplets(run.tuned):
-                compact(p, l, q)
+                compact(p, l, q, run.optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         return {"smoothed": self.smoothed}

@@ -123,7 +123,7 @@ class Window(Rule):
     def finished(self, run: Run) -> None:
         if self.masked:
             for _, p, l, q in triplets(run.tuned):
-                compact(p, l, q)
+                compact(p, l, q, run.optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         return {"scores": self.scores, "masked": self.masked}

@@ -83,7 +83,7 @@ class Threshold(Rule):
 
     def finished(self, run: Run) -> None:
         for _, p, l, q in triplets(run.tuned):
-            compact(p, l, q)
+            compact(p, l, q, run.optimizer)
 
 
 def gates(tuned: Tuned) -> Iterator[nn.Parameter]:

@@ -14,6 +14,7 @@ import torch
 
 from ...core import fields
 from ...core.method import Method, Placed
+from ...core.moments import restart
 from ...core.part import Shared
 from ...core.registry import method
 from ...core.rule import Rule, Run
@@ -83,8 +84,8 @@ class LayerSampling(Rule):
                 parameter.requires_grad_(index in self.active)
                 if index not in self.active:
                     parameter.grad = None
-                    if not self.keep and run.optimizer is not None:
-                        run.optimizer.state.pop(parameter, None)
+                    if not self.keep:
+                        restart(parameter, run.optimizer)
 
     def _parameters(self, run: Run) -> dict[int, list[torch.nn.Parameter]]:
         """The parameters of each block."""

@@ -19,6 +19,7 @@ from ...core import fields
 from ...core.experts import PerExpert
 from ...core.init import kaiming_relu, zeros
 from ...core.method import WeightMethod
+from ...core.moments import restart
 from ...core.operators.diagonal import DiagonalFactors
 from ...core.registry import method
 from ...core.rule import Rule, Run
@@ -140,9 +141,7 @@ class Freezing(Rule):
 
     def _freeze(self, name: str, matrix: nn.Parameter, run: Run) -> None:
         matrix.requires_grad_(False)
-        matrix.grad = None
-        if run.optimizer is not None:
-            run.optimizer.state.pop(matrix, None)
+        restart(matrix, run.optimizer)
         self.smoothed.pop(name, None)
         self.sums.pop(name, None)
         if name not in self.frozen:

@@ -19,6 +19,7 @@ from ...core import fields
 from ...core.experts import PerExpert
 from ...core.init import kaiming, zeros
 from ...core.method import WeightMethod
+from ...core.moments import restart
 from ...core.operators.low_rank import LowRank
 from ...core.registry import method
 from ...core.rule import Rule, Run
@@ -102,9 +103,7 @@ class Knots(Rule):
             a.copy_(torch.rand(a.shape, generator=generator).mul_(2 * bound).sub_(bound))
             b.zero_()
             for parameter in (a, b):
-                parameter.grad = None
-                if run.optimizer is not None:
-                    run.optimizer.state.pop(parameter, None)
+                restart(parameter, run.optimizer)
         self.tied += 1
 
     def state_dict(self) -> dict[str, Any]:
