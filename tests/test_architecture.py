@@ -18,7 +18,8 @@ BELOW = {
     "data": {"nursery"},
     "nursery": {"data"},
     "training": {"adapters", "methods", "statistics", "core", "model", "data", "nursery"},
-    "cli": {"training", "adapters", "methods", "statistics", "core", "model", "data", "nursery"},
+    "study": {"training", "adapters", "methods", "statistics", "core", "model", "data", "nursery"},
+    "cli": {"study", "training", "adapters", "methods", "statistics", "core", "model", "data", "nursery"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if len(path.relative_to(PACKAGE).parts) > 1)
 PAGES = sorted(path for path in (PACKAGE / "methods").rglob("*.py") if path.name != "__init__.py")

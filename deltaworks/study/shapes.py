@@ -1,0 +1,312 @@
+"""Running a model without its numbers: every floating point tensor is a shape, every index is real.
+
+torch's `FakeTensor` gives an operator's output shape, dtype and device without computing it. What a model decides by
+numbers (which tokens have a target, whether a mask hides anything, which expert a token goes to) it decides by
+integers, and these are small: here they are computed, so that a run takes the way it would really take. Where floating
+point numbers choose (a router's `topk`), the choice is drawn at random.
+
+`Ledger` keeps books meanwhile: which storages are alive, what they are for, what was the most at any time; floating
+point operations and bytes moved of every operator.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+aten, prims = torch.ops.aten, torch.ops.prim
+KINDS = ("weights", "gradients", "optimizer", "activations", "logits")
+# What makes indices of no tensor at all; everything else that is made so and is floating point becomes a shape.
+COUNTING = (aten.randint, aten.arange, aten.randperm, aten.scalar_tensor)
+# Operators that answer from a tensor's metadata.
+ASKING = {prims.device.default, aten.is_same_size.default}
+
+
+@dataclass
+class Ledger:
+    """What is alive on one device, by purpose, in bytes.
+
+    Attributes:
+        device: type of the device that is watched.
+        purpose: what a new storage is for, one of `KINDS`.
+        vocabulary: a new activation of this width counts as logits.
+        now: bytes alive, by purpose.
+        peak: the same at the moment when most was alive since `forget`.
+    """
+
+    device: str = "cpu"
+    purpose: str = "weights"
+    vocabulary: int | None = None
+    now: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    peak: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    _held: dict[int, tuple[int, str]] = field(default_factory=dict)
+    _total: int = 0
+    _most: int = 0
+
+    def forget(self) -> None:
+        """Let only what comes from now on count as peak."""
+        self.peak, self._most = dict(self.now), self._total
+
+    def hold(self, tensor: Tensor) -> None:
+        """Enter a tensor's storage, unless it is known."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._held:
+            return
+        place = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+        size = storage.nbytes() if place.type == self.device else 0
+        purpose = self.purpose
+        if purpose == "activations" and tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary:
+            purpose = "logits"
+        self._held[key] = size, purpose
+        weakref.finalize(storage, self._drop, key)
+        self._add(purpose, size)
+
+    def resize(self, tensor: Tensor, size: int) -> None:
+        """Let a tensor's storage count for `size` bytes, such as one that stands for a packed weight."""
+        key = tensor.untyped_storage()._cdata
+        held, purpose = self._held[key]
+        self._held[key] = size, purpose
+        self._add(purpose, size - held)
+
+    def mark(self, tensors: Iterable[Tensor], purpose: str) -> None:
+        """Say what these tensors are for."""
+        for tensor in tensors:
+            key = tensor.untyped_storage()._cdata
+            if key in self._held:
+                size, was = self._held[key]
+                self._held[key] = size, purpose
+                self.now[was] -= size
+                self.now[purpose] += size
+
+    def _add(self, purpose: str, size: int) -> None:
+        self.now[purpose] += size
+        self._total += size
+        if self._total > self._most:
+            self.peak, self._most = dict(self.now), self._total
+
+    def _drop(self, key: int) -> None:
+        size, purpose = self._held.pop(key)
+        self.now[purpose] -= size
+        self._total -= size
+
+
+@dataclass
+class Effort:
+    """What a run computes: for every kind of operator call its number, floating point operations and bytes moved."""
+
+    calls: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def add(self, operations: int, moved: int) -> None:
+        """Count one call."""
+        self.calls[operations, moved] = self.calls.get((operations, moved), 0) + 1
+
+    def seconds(self, flops: float, bandwidth: float, call: float) -> float:
+        """The roofline's time: an operator takes as long as its slower half, and never less than a call.
+
+        Args:
+            flops: floating point operations a second.
+            bandwidth: bytes a second.
+            call: seconds that any operator takes.
+        """
+        return sum(n * (max(work / flops, moved / bandwidth) + call) for (work, moved), n in self.calls.items())
+
+
+class Shapes(TorchDispatchMode):
+    """Within this mode tensors that are made are shapes, and the ledger is kept.
+
+    Args:
+        device: where the tensors are thought to be.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__()
+        self.device = torch.device(device)
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.ledger = Ledger(self.device.type)
+        self.effort: Effort | None = None
+        self._known: dict[Any, Any] = {}
+        self._kinds: dict[Any, str] = {}
+
+    def empty(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
+        """Turn a model's tensors, wherever they are, into shapes on the device; integers into zeros.
+
+        Args:
+            model: changed in place; parameters stay parameters, tied ones tied.
+            dtype: of floating point parameters, None for their own.
+        """
+        made: dict[int, Any] = {}
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers, module.__dict__):
+                for name, value in list(tensors.items()):
+                    if isinstance(value, Tensor):
+                        if id(value) not in made:
+                            made[id(value)] = self._emptied(value, dtype)
+                        tensors[name] = made[id(value)]
+
+    def _emptied(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+        trained = isinstance(tensor, nn.Parameter)
+        if not tensor.is_floating_point():
+            empty = torch.zeros(tensor.shape, dtype=tensor.dtype, device=self.device)
+        else:
+            kept = dtype if trained and dtype is not None else tensor.dtype
+            empty = self.make(tensor.shape, tensor.stride() if not tensor.is_contiguous() else None, kept)
+        self.ledger.hold(empty)
+        return nn.Parameter(empty, requires_grad=tensor.requires_grad) if trained else empty
+
+    def make(self, shape: Iterable[int], stride: Iterable[int] | None, dtype: torch.dtype) -> Tensor:
+        """A tensor without values."""
+        size = tuple(shape)
+        bare = torch.empty_strided(size, tuple(stride), dtype=dtype, device="meta") if stride is not None else (
+            torch.empty(size, dtype=dtype, device="meta")
+        )  # fmt: skip
+        return FakeTensor(self.fake, bare, self.device)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in ASKING and isinstance(args[0], FakeTensor):
+            return args[0].fake_device if func is prims.device.default else args[0].shape == args[1].shape
+        kwargs = kwargs or {}
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        if not any(isinstance(tensor, FakeTensor) for tensor in tensors):
+            result = self._real(func, args, kwargs, tensors)
+        elif func is aten._local_scalar_dense.default:
+            # A number that is not there: a plausible one.
+            return False if args[0].dtype == torch.bool else torch.ones((), dtype=args[0].dtype).item()
+        else:
+            result = self._shaped(func, args, kwargs, tensors)
+        if isinstance(result, Tensor):
+            self.ledger.hold(result)
+        elif isinstance(result, (tuple, list)):
+            for value in tree_leaves(result):
+                if isinstance(value, Tensor):
+                    self.ledger.hold(value)
+        return result
+
+    def _real(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        """A call without shapes among its tensors: computed, unless it makes floating point tensors of nothing."""
+        if not tensors:
+            dtype = kwargs.get("dtype") or torch.get_default_dtype()
+            if dtype.is_floating_point and func._overloadpacket not in COUNTING:
+                with self.fake:
+                    return func(*args, **_drawn(kwargs))
+        return func(*args, **kwargs)
+
+    def _shaped(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        kind = self._kinds.get(func) or self._kinds.setdefault(func, _kind(func))
+        if kind == "changing":
+            self._count(func, args, kwargs, tensors, args[0])
+            return args[0] if func._schema.returns else None
+        if kind == "viewing":
+            return func(*args, **kwargs)
+        if func._overloadpacket is aten.topk:
+            return self._chosen(func, args, kwargs)
+        key = _key(func, args, kwargs) if kind == "making" else None
+        known = self._known.get(key) if key is not None else None
+        if known is None:
+            result = func(*args, **_drawn(kwargs))
+            cost = self._count(func, args, kwargs, tensors, result)
+            fresh = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
+            if key is not None and isinstance(result, (Tensor, tuple)) and all(type(f) is FakeTensor for f in fresh):
+                plan = [_plan(value) for value in (result if isinstance(result, tuple) else (result,))]
+                if None not in plan:
+                    self._known[key] = isinstance(result, tuple), plan, cost
+            return result
+        several, plan, cost = known
+        if self.effort is not None:
+            self.effort.add(*cost)
+        made = tuple(self.make(*item) for item in plan)
+        return made if several else made[0]
+
+    def _count(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], result: Any) -> tuple[int, int]:
+        outputs = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
+        moved = sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, *outputs))
+        formula = flop_registry.get(func._overloadpacket) or ATTENTION.get(func._overloadpacket)
+        cost = (int(formula(*args, **kwargs, out_val=result)) if formula is not None else 0, moved)
+        if self.effort is not None:
+            self.effort.add(*cost)
+        return cost
+
+    @staticmethod
+    def _chosen(func: Any, args: Any, kwargs: Any) -> Any:
+        """`topk` with indices drawn at random, all different."""
+        values, indices = func(*args, **kwargs)
+        axis = args[2] if len(args) > 2 else kwargs.get("dim", -1)
+        whole = list(indices.shape)
+        count = whole[axis]
+        whole[axis] = args[0].shape[axis]
+        drawn = torch.rand(whole, generator=torch.Generator().manual_seed(0)).argsort(axis).narrow(axis, 0, count)
+        return values, drawn.contiguous().to(values.fake_device)
+
+
+def _drawn(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments without a generator, which shapes need not."""
+    return {name: value for name, value in kwargs.items() if name != "generator"} if "generator" in kwargs else kwargs
+
+
+def _kind(func: Any) -> str:
+    """What an operator does: makes new tensors, changes its first argument, gives a view of it, or none of these."""
+    schema = func._schema
+    if torch.Tag.inplace_view in func.tags or torch.Tag.data_dependent_output in func.tags:
+        return "special"
+    aliases = [argument.alias_info for argument in schema.arguments]
+    if schema.name.endswith("_") and aliases and aliases[0] is not None and aliases[0].is_write:
+        return "changing"
+    if any(alias is not None for alias in aliases):
+        written = any(alias is not None and alias.is_write for alias in aliases)
+        return "special" if written else "viewing"
+    return "making"
+
+
+def _key(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an output's shape depends on; None where that is more than shapes."""
+    parts: list[Any] = [func]
+    if not (_spelled(args, parts) and _spelled(tuple(kwargs.items()), parts)):
+        return None
+    return tuple(parts)
+
+
+def _spelled(values: Iterable[Any], parts: list[Any]) -> bool:
+    for value in values:
+        if isinstance(value, Tensor):
+            if type(value) not in (FakeTensor, nn.Parameter):
+                return False
+            parts += (value.shape, value.stride(), value.dtype)
+        elif isinstance(value, (list, tuple)):
+            parts.append(len(value))
+            if not _spelled(value, parts):
+                return False
+        else:
+            parts.append((type(value), value))
+    return True
+
+
+def _plan(value: Any) -> Any:
+    """How to make a tensor like this one again."""
+    if not isinstance(value, Tensor) or value.storage_offset() or value.untyped_storage().nbytes() != (
+        value.numel() * value.element_size()
+    ):  # fmt: skip
+        return None
+    return value.shape, value.stride(), value.dtype
+
+
+def _attention(query: Any, key: Any, value: Any, *args: Any, is_causal: bool = False, out_val: Any = None, **_: Any):
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **_: Any):
+    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+
+
+ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
