@@ -70,6 +70,8 @@ THEIRS: dict[str, tuple[str, peft.PeftConfig]] = {
     "all linear, some excluded": ("llama", LoRA(target_modules="all-linear", exclude_modules=["k_proj"])),
     "some layers": ("llama", LoRA(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="layers")),
     "pissa": ("llama", LoRA(target_modules=["q_proj"], init_lora_weights="pissa")),
+    "olora": ("llama", LoRA(target_modules=["q_proj"], init_lora_weights="olora", r=4)),
+    "olora and rslora": ("llama", LoRA(target_modules=["up_proj"], init_lora_weights="olora", use_rslora=True, r=4)),
     "all biases": ("gpt2", LoRA(target_modules=["c_attn", "c_proj"], bias="all", task_type="CAUSAL_LM")),
     "some biases and dora": ("gpt2", LoRA(target_modules=["c_attn"], bias="lora_only", use_dora=True)),
     "all biases and a saved module": (
@@ -315,7 +317,7 @@ UNREADABLE: dict[str, tuple[dict[str, Any], str]] = {
     "qalora": ({"use_qalora": True}, "use_qalora"),
     "single tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
     "a key of the future": ({"use_tomorrow": "yes"}, "use_tomorrow='yes' is not known for LORA"),
-    "a start that changes the base": ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+    "a start that changes the base": ({"init_lora_weights": "corda"}, "init_lora_weights='corda'"),
     "a random start that changes the base": ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model"),
     "an unknown type": ({"peft_type": "XLORA"}, "peft_type='XLORA' cannot be read"),
     "no type": ({"peft_type": None}, "peft_type=None"),

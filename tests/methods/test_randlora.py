@@ -70,7 +70,7 @@ def test_bases_are_shared_unit_deviation_and_left_alone() -> None:
     assert first.bases is second.bases
     before = first.bases.a.clone(), first.bases.b.clone()
     for drawn in before:
-        assert abs(drawn.std() - 1) < 1e-6
+        assert abs(drawn.std() - 1) < 1e-2  # bfloat16 numbers, PEFT's
     list(steps(model, x, tuned, 3, decay=0.1))
     assert torch.equal(first.bases.a, before[0]) and torch.equal(first.bases.b, before[1])
     assert not any("bases" in name for name in tuned.tensors())

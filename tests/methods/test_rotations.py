@@ -218,7 +218,7 @@ def test_boft_says_what_width_it_needs() -> None:
     with pytest.raises(ValueError, match=r"boft: block=4 and stages=1 need .* divisible by 4; first has 10"):
         attach(model, dw.BOFT)
     with pytest.raises(ValueError, match="boft: block=3 is not allowed"):
-        dw.BOFT(block=3)
+        dw.BOFT(block=3, stages=2)
 
 
 def test_every_rotation_starts_at_the_base() -> None:

@@ -157,11 +157,19 @@ def test_randlora(rank: int) -> None:
     method = dw.RandLoRA(on=nn.Linear, rank=rank, alpha=10.0)
     config = peft.RandLoraConfig(r=rank, randlora_alpha=10, target_modules=BOTH)
     ours, tuned, theirs = twins(method, config, translate)
-    for part in tuned.parts():
-        # Theirs draws in bfloat16; both take our numbers.
-        layer(theirs, "first").randlora_A["default"] = part.bases.a[:, None]
-        layer(theirs, "first").randlora_B["default"] = part.bases.b
     assert_equal(ours, tuned, theirs, translate)
+
+
+@pytest.mark.parametrize("sparsity", [{}, {"sparse": True}, {"very_sparse": True}])
+def test_randlora_draws_the_same_bases_from_the_same_seed(sparsity: dict[str, bool]) -> None:
+    model, _ = net()
+    theirs = peft.get_peft_model(
+        model, peft.RandLoraConfig(r=3, target_modules=BOTH, projection_prng_key=7, **sparsity)
+    )
+    sparse = {"sparse": "sparse", "very_sparse": "very"}.get(next(iter(sparsity), ""), "no")
+    part = next(dw.attach(net()[0], dw.RandLoRA(on=nn.Linear, rank=3, seed=7, sparse=sparse), seed=0).parts())
+    assert torch.equal(part.bases.a.unsqueeze(1), layer(theirs, "first").randlora_A["default"].to(part.bases.a))
+    assert torch.equal(part.bases.b, layer(theirs, "first").randlora_B["default"].to(part.bases.b))
 
 
 def test_randlora_starts_like_theirs() -> None:

@@ -15,11 +15,33 @@ from torch import Tensor, nn
 from ...core.tuned import Tuned
 from ..files import PEFT_CONFIG, refuse
 from ..reading import Plan
-from . import adalora, c3a, fourierft, ia3, layernorm, lora, prefixes, prompts, vblora, vera
+from . import (
+    adalora,
+    boft,
+    c3a,
+    fourierft,
+    glora,
+    hra,
+    ia3,
+    layernorm,
+    loha,
+    lokr,
+    lora,
+    miss,
+    oft,
+    prefixes,
+    prompts,
+    randlora,
+    vblora,
+    vera,
+)
 from .draft import Draft
 from .source import Source
 
-MODULES = (ia3, vera, vblora, fourierft, c3a, adalora, lora, layernorm, prompts, prefixes)
+MODULES = (
+    *(ia3, vera, vblora, randlora, fourierft, c3a, oft, boft, hra, loha, lokr, miss, glora, adalora, lora),
+    *(layernorm, prompts, prefixes),
+)
 KINDS: dict[str, ModuleType] = {module.KIND: module for module in MODULES}
 
 

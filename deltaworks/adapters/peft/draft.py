@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...core.attach import state_of
 from ...core.method import weight_at
@@ -50,6 +51,22 @@ class Draft:
     def refuse(self, what: str, why: str) -> ValueError:
         """The error for something that PEFT's format has no words for."""
         return ValueError(f"{self.method.slug} cannot be written in PEFT's format: {what}: {why}")
+
+    def layer(self, part: Part, *kinds: type[nn.Module]) -> str:
+        """The path of a part that changes the whole weight of a layer of one of these kinds, linear ones without."""
+        if part.site.rows is not None or part.site.parameter != "weight":
+            raise self.refuse(part.site.name, "PEFT adapts whole layers")
+        layer = self.model.get_submodule(part.site.path)
+        if not isinstance(layer, kinds or nn.Linear):
+            raise self.refuse(part.site.name, f"PEFT does not adapt {type(layer).__name__} so")
+        return part.site.path
+
+    def one(self, what: str, values: Iterable[Any]) -> Any:
+        """The value that all layers have in common, as PEFT's format wants it."""
+        found = list(dict.fromkeys(values))
+        if len(found) > 1:
+            raise self.refuse(what, f"PEFT has one for all layers, here are {', '.join(map(str, found[:4]))}")
+        return found[0]
 
     def put(self, name: str, value: Tensor) -> None:
         """A tensor under its name in the model."""

@@ -1,13 +1,13 @@
 """LoRA, DoRA and everything that is a product of two factors: PEFT's `LORA`.
 
-Read: rank and alpha patterns, rsLoRA, DoRA, embeddings, convolutions, fused experts (`target_parameters`), and PiSSA's
-exact start. `factors` writes: any part that has factors; a start that is subtracted becomes a LoRA of rank 2r.
+Read: rank and alpha patterns, rsLoRA, DoRA, embeddings, convolutions, fused experts (`target_parameters`), and the
+exact starts of PiSSA and OLoRA. `factors` writes: any part that has factors; a start that is subtracted becomes a LoRA
+of rank 2r.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from ...core.part import Delta
 from ...model.weights import CONVOLUTIONS, Weight
 from ..reading import Plan
 from .factors import fits, write
+from .ranks import Ranks
 from .source import Source, refuse
-from .targets import ends_with, modules, pattern_for
+from .targets import ends_with, modules
 
 __all__ = ["KIND", "fits", "read", "write"]
 KIND = "LORA"
@@ -53,9 +54,7 @@ def read(source: Source) -> Plan:
     """A `LORA` folder as an adapter."""
     for key, why in ELSEWHERE.items():
         source.forbid(key, why)
-    rank, alpha, rslora = source.whole("r", 8), source.number("lora_alpha", 8), source.flag("use_rslora")
-    dropout, dora = source.number("lora_dropout", 0.0), source.flag("use_dora")
-    ranks, alphas = source.patterns("rank_pattern", int), source.patterns("alpha_pattern", float)
+    rslora, dropout, dora = source.flag("use_rslora"), source.number("lora_dropout", 0.0), source.flag("use_dora")
     start = source.take("init_lora_weights", True, bool, str)
     source.flag("fan_in_fan_out")  # says how the base stores its weight; the model says that itself
     for key in HARMLESS:
@@ -66,41 +65,22 @@ def read(source: Source) -> Plan:
     targets = source.targets()
     fused = _parameters(source, parameters)
     root = math.sqrt if rslora else float
-    meant: dict[str, tuple[int, float]] = {}
-    for path in (*targets, *(f"{owner}.{name}" for owner, name, _ in fused)):
-        meant[path] = pattern_for(ranks, path, rank), float(pattern_for(alphas, path, alpha))
-    scales = {path: own_alpha / root(own_rank) for path, (own_rank, own_alpha) in meant.items()}
+    ranks = Ranks(source, [*targets, *(f"{owner}.{name}" for owner, name, _ in fused)], "lora_alpha")
+    scales = {path: own_alpha / root(own_rank) for path, (own_rank, own_alpha) in ranks.meant.items()}
     for path in targets:
-        _read_module(source, path, meant[path][0], scales[path], dropout, dora, start)
+        _read_module(source, path, ranks.meant[path][0], scales[path], dropout, dora, start)
     for owner, name, depth in fused:
         place = f"{owner}.{name}"
-        _read_parameter(source, owner, name, depth, meant[place][0], scales[place])
+        _read_parameter(source, owner, name, depth, ranks.meant[place][0], scales[place])
     source.biases(targets, "lora_only")
-    settings: dict[str, Any] = {"on": source.on if targets else parameters, "rank": rank}
-    if dora or start == "pissa":
-        if rslora:  # these methods divide alpha by the rank
-            ranks, alphas, alpha = {}, {}, alpha * rank / root(rank)
-            meant = {path: (own_rank, scales[path] * own_rank) for path, (own_rank, _) in meant.items()}
-        settings |= {"dropout": dropout} if dora else {"niter": None}
-    else:
-        settings |= {"dropout": dropout, "rslora": rslora}
-    settings |= {"alpha": alpha, "overrides": _overrides(ranks, alphas, meant, rank, alpha)}
-    return source.plan(source.made("dora" if dora else "pissa" if start == "pissa" else "lora", **settings))
-
-
-def _overrides(
-    ranks: dict[str, int], alphas: dict[str, float], meant: dict[str, tuple[int, float]], rank: int, alpha: float
-) -> dict[str, dict[str, Any]]:
-    """Two maps of patterns as one; by module where that would not give every module what it is meant to have."""
-    merged: dict[str, dict[str, Any]] = {pattern: {"rank": value} for pattern, value in ranks.items()}
-    for pattern, value in alphas.items():
-        merged.setdefault(pattern, {})["alpha"] = float(value)
-    for path, values in meant.items():
-        found = pattern_for(merged, path, {})
-        if (found.get("rank", rank), found.get("alpha", alpha)) != values:
-            others = {path: own for path, own in meant.items() if own != (rank, alpha)}
-            return {re.escape(path): {"rank": own[0], "alpha": own[1]} for path, own in others.items()}
-    return merged
+    slug = "dora" if dora else str(start) if start in ("pissa", "olora") else "lora"
+    settings: dict[str, Any] = {"on": source.on if targets else parameters}
+    if slug != "lora" and rslora:  # these methods divide alpha by the rank
+        ranks.scaled(scales, ranks.alpha * ranks.rank / root(ranks.rank))
+    settings |= {"lora": {"dropout": dropout, "rslora": rslora}, "dora": {"dropout": dropout}}.get(slug, {})
+    settings |= {"niter": None} if slug == "pissa" else {}
+    made = source.made(slug, **settings, rank=ranks.rank, alpha=ranks.alpha, overrides=ranks.overrides())
+    return source.plan(made)
 
 
 def _read_module(
@@ -124,6 +104,8 @@ def _read_module(
             f"{path} has factors {list(a.shape)} and {list(b.shape)}, where {source.file.name} says rank {rank}",
         )
     if dora:
+        if start not in STARTS:
+            refuse(source.file, f"init_lora_weights={start!r} with use_dora is not known here")
         magnitude = source.tensor(f"{path}.lora_magnitude_vector").flatten()
         if magnitude.shape != b.shape[:1]:
             refuse(source.weights, f"{path} has a magnitude of {magnitude.numel()} values for {b.shape[0]} outputs")
@@ -138,6 +120,9 @@ def _start(
     """The product that the file expects to be taken out of the base, as factors; none for most files."""
     if start in STARTS:
         return None, None
+    if start == "olora":
+        q, r = torch.linalg.qr(weight.dense())
+        return r[:rank].contiguous(), q[:, :rank].contiguous()
     if start == "pissa":
         u, s, vh = torch.linalg.svd(weight.dense(), full_matrices=False)
         rootd = (s[:rank] / scale).sqrt()

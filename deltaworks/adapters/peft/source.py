@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ...core import registry
 from ...core.method import Method, Placed, label
 from ...core.part import Part, Shared, Trained
 from ...model.anatomy import describe
+from ...model.weights import Weight
 from ..files import PEFT_CONFIG, PEFT_WEIGHTS, refuse
 from ..reading import Plan
 from ..sites import check_fit, find_site
@@ -65,6 +67,29 @@ class Source:
         value = self.keys.pop(key, None)
         if value not in NEUTRAL and value not in allowed:
             refuse(self.file, f"{key}={str(value)[:60]!r} cannot be expressed: {why}")
+
+    def only_in_training(self, *keys: str) -> None:
+        """Leave keys out that change nothing but training, saying so where they are set."""
+        for key in keys:
+            value = self.keys.pop(key, None)
+            if value not in NEUTRAL and value != 0:
+                told = f"{self.file}: {key}={str(value)[:60]} is left out; it acts in training only"
+                warnings.warn(told, stacklevel=6)
+
+    def weight(self, path: str, *kinds: type[nn.Module]) -> Weight:
+        """The weight of a layer, which must be of a kind that this PEFT type adapts as we do: linear ones without."""
+        layer = self.model.get_submodule(path)
+        if not isinstance(layer, kinds or nn.Linear) or getattr(layer, "groups", 1) != 1:
+            kind = type(layer).__name__
+            refuse(self.file, f"target_modules: {path} is a {kind}, which {self.kind} does not adapt so")
+        return Weight(layer, path=path)
+
+    def shaped(self, name: str, *shape: int) -> Tensor:
+        """A tensor by its name in the model, which must have this shape."""
+        value = self.tensor(name)
+        if tuple(value.shape) != shape:
+            refuse(self.weights, f"{name} has shape {list(value.shape)}, where {self.file.name} says {list(shape)}")
+        return value
 
     def targets(self) -> list[str]:
         """The modules that the configuration means.

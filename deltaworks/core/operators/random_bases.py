@@ -6,6 +6,7 @@ column, to F (`N rank x short`), and meets a random `B` (`long x N rank`). Scale
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -35,14 +36,26 @@ class RandomBases(Shared):
         super().__init__()
         self.rank, self.short, self.long, self.seed, self.sparsity = rank, short, long, seed, sparsity
         generator = torch.Generator("cpu").manual_seed(seed)
-        for name, shape in (("a", (rank, short)), ("b", (long, -(-short // rank), rank))):
-            drawn = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
-            if sparsity is None:
-                drawn = 2 * drawn - 1
-            else:
-                share = 1 / (2 * sparsity)
-                drawn = (drawn > 1 - share).float() - (drawn < share).float()
-            self.register_buffer(name, drawn / drawn.std(), persistent=False)
+        count = -(-short // rank)
+        if sparsity is None:
+            a = _uniform(rank, 1, short, generator)
+            b = torch.cat([_uniform(long, 1, rank, generator) for _ in range(count)], dim=1)
+        else:
+            a, b = _ternary(rank, 1, short, sparsity, generator), _ternary(long, count, rank, sparsity, generator)
+        self.register_buffer("a", (a / a.std()).float().squeeze(1), persistent=False)
+        self.register_buffer("b", (b / b.std()).float(), persistent=False)
+
+
+def _uniform(first: int, second: int, third: int, generator: torch.Generator) -> Tensor:
+    # Drawn and divided in bfloat16, which makes them the numbers that PEFT has for the same seed.
+    values = torch.empty(first, second, third, dtype=torch.bfloat16, device="cpu")
+    return nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+
+
+def _ternary(first: int, second: int, third: int, sparsity: float, generator: torch.Generator) -> Tensor:
+    drawn = torch.rand(first, second, third, generator=generator, dtype=torch.float32, device="cpu")
+    share = 1 / (2 * sparsity)
+    return (drawn > 1 - share).float() - (drawn < share).float()
 
 
 class RandomMixture(Factored):

@@ -7,6 +7,7 @@ fused projection, experts, a convolution, merging) are the weight's rows turned.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
@@ -130,6 +131,16 @@ class BlockRotation(Rotation):
         with _exact(upper):
             skew = upper - upper.mT
             return cayley(skew) if self.terms is None else neumann(skew, self.terms)
+
+    def strain(self, eps: float) -> Tensor:
+        """`||K||_F sqrt(blocks) / eps` of every block, `blocks x 1`; COFT wants at most 1."""
+        # Every entry above the diagonal stands a second time, negated, below it.
+        return math.sqrt(2 * len(self.k)) / eps * self.k.detach().norm(dim=1, keepdim=True)
+
+    @torch.no_grad()
+    def leash(self, eps: float) -> None:
+        """Project every block's skew-symmetric matrix back onto `||K||_F <= eps / sqrt(blocks)`."""
+        self.k.div_(self.strain(eps).clamp(min=1))
 
     def turned(self, x: Tensor, *, back: bool = False) -> Tensor:
         r = self.rotations().to(x.dtype)

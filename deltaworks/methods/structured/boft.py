@@ -21,12 +21,12 @@ class BOFT(WeightMethod):
 
     default_lr = 4e-4
 
-    block: int = fields.whole(4, "side b of a block, even; b 2^(m-1) must divide in", low=2)
+    block: int = fields.whole(4, "side b of a block, even for m > 1; b 2^(m-1) must divide in", low=2)
     stages: int = fields.positive(1, "m, number of butterfly stages; the paper takes b = 8, m = 2")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block % 2:
+        if self.block % 2 and self.stages > 1:
             raise ValueError(f"boft: block={self.block} is not allowed; half-blocks are paired, so it must be even")
 
     def delta(self, weight: Weight) -> Butterfly:

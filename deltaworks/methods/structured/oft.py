@@ -7,10 +7,6 @@ One sign of K throughout; `peft` turns it around for its exact transform, which 
 Use it where low-rank updates forget too much, with quantised bases as well: the weight is never unpacked.
 """
 
-import math
-
-import torch
-
 from ...core import fields
 from ...core.init import zeros
 from ...core.method import WeightMethod
@@ -26,14 +22,10 @@ class Leash(Rule):
     def __init__(self, eps: float) -> None:
         self.eps = eps
 
-    @torch.no_grad()
     def step_end(self, run: Run) -> None:
         for part in run.tuned.parts():
             if isinstance(part, BlockRotation):
-                # Every entry above the diagonal stands a second time, negated, below it.
-                lengths = math.sqrt(2) * part.k.norm(dim=1, keepdim=True)
-                limit = self.eps / math.sqrt(len(part.k))
-                part.k.mul_((limit / lengths.clamp(min=torch.finfo(part.k.dtype).tiny)).clamp(max=1))
+                part.leash(self.eps)
 
 
 @method("oft", paper="2306.07280", family="structured")

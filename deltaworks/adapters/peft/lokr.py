@@ -1,0 +1,118 @@
+"""LoKr, and any Kronecker product whose sides PEFT splits the same way: PEFT's `LOKR`."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+from torch import nn
+
+from ...core.operators.kronecker import Kronecker
+from ...core.part import Part
+from ...methods.structured.lokr import split
+from ..reading import Plan
+from .draft import Draft, number
+from .ranks import Ranks
+from .source import Source, refuse
+from .targets import named, patterns
+
+KIND = "LOKR"
+FACTORS = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+
+
+def fits(part: Part) -> bool:
+    """Whether a part is a Kronecker product."""
+    return isinstance(part, Kronecker)
+
+
+def read(source: Source) -> Plan:
+    """A `LOKR` folder as an adapter."""
+    both, factor = source.flag("decompose_both"), source.take("decompose_factor", -1, int)
+    start = source.take("init_weights", True, bool, str)
+    if start not in (True, False, "lycoris"):
+        refuse(source.file, f"init_weights={start!r} is not known")
+    source.flag("use_effective_conv2d")
+    source.flag("rank_dropout_scale")
+    source.only_in_training("rank_dropout", "module_dropout")
+    targets = source.targets()
+    ranks = Ranks(source, targets, "alpha")
+    init = "lycoris" if start == "lycoris" else "peft"
+    settings = {"rank": ranks.rank, "alpha": ranks.alpha, "overrides": ranks.overrides()}
+    method = source.made("lokr", on=source.on, factor=factor, both=both, init=init, **settings)
+    for path in targets:
+        layer, (rank, alpha) = source.weight(path, *LAYERS).layer, ranks.meant[path]
+        if source.has(f"{path}.lokr_t2"):
+            refuse(source.file, f"use_effective_conv2d: {path} has a core tensor, and LoKr here has matrices only")
+        factors = {}
+        for name, shape in shapes(layer, rank, factor, both).items():
+            value = source.tensor(f"{path}.lokr_{name}").flatten(1)
+            if tuple(value.shape) != shape:
+                wanted = f"{list(value.shape)}, where {source.file.name} says {list(shape)}"
+                refuse(source.weights, f"{path}.lokr_{name} has shape {wanted}")
+            factors[name] = value
+        source.place(path, "weight", Kronecker(**factors, scale=alpha / rank))
+    return source.plan(method)
+
+
+def shapes(layer: Any, rank: int, factor: int, both: bool) -> dict[str, tuple[int, int]]:
+    """The matrices that PEFT makes for a layer; of a convolution it splits the channels, and the kernel goes to W2."""
+    if isinstance(layer, nn.Linear):
+        fan_out, fan_in, kernel = layer.out_features, layer.in_features, 1
+    else:
+        fan_out, fan_in, kernel = layer.out_channels, layer.in_channels, prod(layer.kernel_size)
+    (o1, o2), (i1, i2) = split(fan_out, factor), split(fan_in, factor)
+    found = {"w1_a": (o1, rank), "w1_b": (rank, i1)} if both and rank < max(o1, i1) / 2 else {"w1": (o1, i1)}
+    if rank < max(o2, i2) / 2:
+        return found | {"w2_a": (o2, rank), "w2_b": (rank, i2 * kernel)}
+    return found | {"w2": (o2, i2 * kernel)}
+
+
+def write(draft: Draft) -> dict[str, Any]:
+    """An adapter of Kronecker products as a `LOKR` configuration."""
+    parts = {draft.layer(part, *LAYERS): part for part in draft.parts if isinstance(part, Kronecker)}
+    both = any(part.w1_a is not None for part in parts.values())
+    wishes = [getattr(draft.method, "factor", -1), -1]
+    wishes += [side for part in parts.values() for side in part.factors()[0].shape]
+    found: dict[str, int] = {}
+    for factor in dict.fromkeys(wishes):
+        found = {path: _rank(draft, path, part, factor, both) for path, part in parts.items()}
+        if all(found.values()):
+            break
+    else:
+        path = next(path for path, rank in found.items() if not rank)
+        raise draft.refuse(f"the factors of {path}", "PEFT splits the sides otherwise")
+    for path, part in parts.items():
+        layer = draft.model.get_submodule(path)
+        for name in FACTORS:
+            value = part._parameters[name]
+            if value is not None:
+                spread = not isinstance(layer, nn.Linear) and name == "w2"
+                draft.put(f"{path}.lokr_{name}", value.unflatten(1, (-1, *layer.kernel_size)) if spread else value)  # type: ignore[operator, misc]
+    alphas = {path: number(part.scale * found[path]) for path, part in parts.items()}
+    (rank, own_ranks), (alpha, own_alphas) = patterns(found), patterns(alphas)
+    return draft.config(
+        KIND,
+        r=rank,
+        alpha=alpha,
+        rank_pattern=own_ranks,
+        alpha_pattern=own_alphas,
+        decompose_both=both,
+        decompose_factor=factor,
+        rank_dropout=0.0,
+        module_dropout=0.0,
+        use_effective_conv2d=False,
+        init_weights="lycoris" if getattr(draft.method, "init", "") == "lycoris" else True,
+        target_modules=named(draft.model, list(parts)),
+        modules_to_save=draft.saved(),
+    )
+
+
+def _rank(draft: Draft, path: str, part: Kronecker, factor: int, both: bool) -> int:
+    """A rank with which PEFT makes matrices of these shapes for this layer, 0 if there is none."""
+    held = {name: tuple(value.shape) for name, value in part.named_parameters()}
+    thin = [shape[0] for name, shape in held.items() if name.endswith("b")]
+    own = getattr(draft.method.at(path), "rank", None)
+    tries = [thin[0]] if thin else [own or 1, max(max(shape) for shape in held.values())]
+    layer = draft.model.get_submodule(path)
+    return next((rank for rank in tries if shapes(layer, rank, factor, both) == held), 0)

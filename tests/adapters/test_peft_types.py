@@ -1,0 +1,283 @@
+"""Every type of PEFT that a method here has: its files are read and written, and the logits are equal in float64."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import deltaworks as dw
+from deltaworks.adapters.peft import KINDS
+from tests.adapters.adapted import move, refused
+from tests.families import FAMILIES
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+LINEAR = ["q_proj", "down_proj"]
+CONVOLUTIONS = ["conv1", "stem"]
+
+
+def family(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A tiny model in float64 and a batch without labels."""
+    model, batch = FAMILIES[name]()
+    batch.pop("labels", None)
+    return model.double().eval(), {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+
+
+@torch.no_grad()
+def logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    return model.eval()(**batch).logits
+
+
+def assert_agree(found: Tensor, wanted: Tensor, base: Tensor, tolerance: float = 1e-10) -> None:
+    """The adapter did something, and the same."""
+    assert (wanted - base).abs().max() > 1e-3
+    assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+THEIRS: dict[str, tuple[str, peft.PeftConfig]] = {
+    "miss": ("llama", peft.MissConfig(target_modules=LINEAR, r=4)),
+    "miss that does not divide": ("llama", peft.MissConfig(target_modules=LINEAR, r=5)),
+    "miss with a mini pattern": ("llama", peft.MissConfig(target_modules=LINEAR, r=4, mini_r=8, init_weights="mini")),
+    "bone": ("llama", peft.MissConfig(target_modules=LINEAR, r=4, init_weights="bat")),
+    "miss and biases": ("bert", peft.MissConfig(target_modules=["query"], r=4, bias="MiSS_only")),
+    "hra": ("llama", peft.HRAConfig(target_modules=LINEAR, r=4)),
+    "hra, strict": ("llama", peft.HRAConfig(target_modules=LINEAR, r=3, apply_GS=True)),
+    "hra on convolutions": ("cnn", peft.HRAConfig(target_modules=CONVOLUTIONS, r=4)),
+    "hra and biases": ("bert", peft.HRAConfig(target_modules=["query"], r=4, bias="all")),
+    "oft": ("llama", peft.OFTConfig(target_modules=LINEAR)),
+    "oft, shared": ("llama", peft.OFTConfig(target_modules=LINEAR, oft_block_size=8, block_share=True)),
+    "oft, exact": ("llama", peft.OFTConfig(target_modules=LINEAR, oft_block_size=7, use_cayley_neumann=False)),
+    "oft, three terms": ("llama", peft.OFTConfig(target_modules=LINEAR, num_cayley_neumann_terms=3)),
+    "oft by number of blocks": ("llama", peft.OFTConfig(target_modules=LINEAR, r=4, oft_block_size=0)),
+    "oft on a leash": ("bert", peft.OFTConfig(target_modules=["query"], coft=True, eps=0.1, bias="oft_only")),
+    "boft": ("llama", peft.BOFTConfig(target_modules=LINEAR)),
+    "boft by number of blocks": ("llama", peft.BOFTConfig(target_modules=LINEAR, boft_block_size=0, boft_block_num=4)),
+    "boft on convolutions": ("cnn", peft.BOFTConfig(target_modules=CONVOLUTIONS, boft_block_size=3, bias="boft_only")),
+    "loha": (
+        "llama",
+        peft.LoHaConfig(target_modules=LINEAR, r=4, alpha=6, rank_pattern={"q_proj": 2}, alpha_pattern={"0.*": 3}),
+    ),
+    "loha on convolutions": ("cnn", peft.LoHaConfig(target_modules=CONVOLUTIONS, r=4)),
+    "lokr": ("llama", peft.LoKrConfig(target_modules=LINEAR, r=2, alpha=6, rank_pattern={"q_proj": 3})),
+    "lokr of thin factors": (
+        "llama",
+        peft.LoKrConfig(target_modules=LINEAR, r=1, decompose_both=True, decompose_factor=4, init_weights="lycoris"),
+    ),
+    "lokr on convolutions": ("cnn", peft.LoKrConfig(target_modules=CONVOLUTIONS, r=2)),
+    "lokr of thin factors on convolutions": ("cnn", peft.LoKrConfig(target_modules=CONVOLUTIONS, r=1)),
+    "randlora": ("llama", peft.RandLoraConfig(target_modules=LINEAR, r=5, randlora_alpha=40)),
+    "randlora by its seed": ("gpt2", peft.RandLoraConfig(target_modules=["c_attn"], r=4, save_projection=False)),
+    "randlora, sparse": ("llama", peft.RandLoraConfig(target_modules=LINEAR, r=4, sparse=True, projection_prng_key=3)),
+    "randlora, very sparse": ("llama", peft.RandLoraConfig(target_modules=LINEAR, r=4, very_sparse=True)),
+    "glora": ("bert", peft.GloraConfig(target_modules=["query"], r=3)),
+    "glora of vectors": (
+        "bert",
+        peft.GloraConfig(target_modules=["query"], config_A_B="vector", config_C="vector", config_D_E="vector"),
+    ),
+    "glora of constants": ("bert", peft.GloraConfig(target_modules=["query"], config_A_B="constant", config_C="none")),
+    "glora without biases": ("llama", peft.GloraConfig(target_modules=LINEAR)),
+}
+
+
+@pytest.mark.parametrize("case", THEIRS)
+def test_what_peft_saves_we_load_and_what_we_save_of_it_peft_loads(case: str, tmp_path: Path) -> None:
+    name, config = THEIRS[case]
+    model, batch = family(name)
+    base = logits(model, batch)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = peft.get_peft_model(model, config).double()
+    move([value for value in theirs.parameters() if value.requires_grad])
+    wanted = logits(theirs, batch)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, _ = family(name)
+    tuned = dw.load(ours, tmp_path / "theirs")
+    tolerance = 1e-7 if case == "oft on a leash" else 1e-10  # its length is single precision there
+    assert_agree(logits(ours, batch), wanted, base, tolerance)
+    # What the method says of itself makes parts of the same shapes again.
+    if config.peft_type != peft.PeftType.GLORA and name != "cnn":
+        fresh = dw.attach(family(name)[0], tuned.method, seed=0)
+        assert [p.shape for p in fresh.parameters()] == [p.shape for p in tuned.parameters() if not is_bias(tuned, p)]
+    dw.save(ours, tmp_path / "ours", format="peft")
+    again = peft.PeftModel.from_pretrained(family(name)[0], str(tmp_path / "ours")).double()
+    assert_agree(logits(again, batch), wanted, base, tolerance)
+
+
+def is_bias(tuned: dw.Tuned, parameter: nn.Parameter) -> bool:
+    return any(p is parameter for name, p in tuned.named_parameters() if "bias" in name)
+
+
+OURS: dict[str, tuple[str, Any]] = {
+    "miss": ("llama", dw.MiSS(rank=4)),
+    "miss with a mini pattern": ("llama", dw.MiSS(rank=4, mini=4)),
+    "bone": ("llama", dw.BoneBAT(rank=4)),
+    "hra": ("llama", dw.HRA(rank=4)),
+    "hra, strict": ("llama", dw.HRA(rank=3, strict=True)),
+    "oft": ("llama", dw.OFT(block=7)),
+    "oft, exact": ("llama", dw.OFT(block=8, terms=None, share=True)),
+    "oft off its leash": ("bert", dw.OFT(on="attention.query", eps=0.1)),
+    "boft": ("llama", dw.BOFT()),
+    "loha": ("llama", dw.LoHa(rank=4, overrides={"q_proj": {"rank": 2}, "0.*v_proj": {"alpha": 5.0}})),
+    "loha as in LyCORIS": ("llama", dw.LoHa(rank=2, init="lycoris")),
+    "lokr": ("llama", dw.LoKr(rank=3)),
+    "lokr as in LyCORIS": ("llama", dw.LoKr(rank=2, init="lycoris", factor=4, both=True)),
+    "lokr, full factors": ("llama", dw.LoKr(rank=100, init="lycoris")),
+    "krona": ("llama", dw.KronA(on="attention.query", rows=4, columns=4)),
+    "diffusekrona": ("llama", dw.DiffuseKronA(on="attention.query", rows=4, columns=4)),
+    "randlora": ("llama", dw.RandLoRA(rank=4, seed=5)),
+    "glora": ("bert", dw.GLoRA(rank=3)),
+    "glora, one term of each pair": ("bert", dw.GLoRA(b="none", d="none")),
+    "glora, weights alone": ("llama", dw.GLoRA(a="vector", b="vector", c="none", d="none", e="none")),
+    "olora": ("llama", dw.OLoRA(rank=4)),
+}
+
+
+@pytest.mark.parametrize("case", OURS)
+def test_what_we_save_peft_loads_and_so_do_we(case: str, tmp_path: Path) -> None:
+    name, method = OURS[case]
+    model, batch = family(name)
+    base = logits(model, batch)
+    move(dw.attach(model, method, seed=0).parameters())
+    wanted = logits(model, batch)
+    dw.save(model, tmp_path, format="peft")
+    theirs = peft.PeftModel.from_pretrained(family(name)[0], str(tmp_path)).double()
+    assert_agree(logits(theirs, batch), wanted, base)
+    ours, _ = family(name)
+    dw.load(ours, tmp_path)
+    assert_agree(logits(ours, batch), wanted, base)
+
+
+def test_butterflies_of_several_stages_are_written_with_a_word_of_warning(tmp_path: Path) -> None:
+    model, batch = family("llama")
+    move(dw.attach(model, dw.BOFT(stages=2), seed=0).parameters())
+    with pytest.warns(UserWarning, match="stages=2 only where its CUDA extension"):
+        dw.save(model, tmp_path, format="peft")
+    ours, _ = family("llama")
+    assert dw.load(ours, tmp_path).method == dw.BOFT(stages=2, on=dw.tuned(ours).method.on)
+    assert torch.equal(logits(ours, batch), logits(model, batch))
+
+
+def test_what_acts_in_training_only_is_said_to_be_left_out(tmp_path: Path) -> None:
+    model, _ = family("llama")
+    peft.get_peft_model(model, peft.LoHaConfig(target_modules=LINEAR, rank_dropout=0.1)).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="rank_dropout=0.1 is left out; it acts in training only"):
+        dw.load(family("llama")[0], tmp_path)
+
+
+UNWRITABLE: dict[str, tuple[str, Any, str]] = {
+    "bone along the output": ("llama", dw.BoneBAT(along="out"), "along='out'"),
+    "two ranks": ("llama", dw.MiSS(rank=4, overrides={"q_proj": {"rank": 2}}), "rank: PEFT has one .* 2, 4|4, 2"),
+    "blocks that no one side leads to": (
+        "llama",
+        dw.OFT(block=8, overrides={"q_proj": {"block": 16}}),
+        r"block: PEFT has one for all layers, here are \[8, 16\]",
+    ),
+    "other splits": ("llama", dw.KronA(), "splits the sides otherwise"),
+    "parts of fused layers": ("phi3", dw.HRA(on="attention.query"), "PEFT adapts whole layers"),
+    "layers that PEFT has no class for": ("gpt2", dw.LoHa(on="attention.query"), "PEFT adapts whole layers"),
+    "transposed layers": ("gpt2", dw.LoHa(on="mlp.down"), "does not adapt Conv1D so"),
+    "a bias that is not there": ("llama", dw.GLoRA(), "the base has none, and PEFT makes none"),
+    "two kinds": ("bert", dw.GLoRA(a="lora", b="vector"), "config_A_B: .* lora, vector"),
+    "a supernet": ("bert", dw.GLoRA(supernet=True), "search first"),
+}
+
+
+@pytest.mark.parametrize("case", UNWRITABLE)
+def test_what_peft_cannot_express_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    name, method, reason = UNWRITABLE[case]
+    model, _ = family(name)
+    dw.attach(model, method, seed=0)
+    with pytest.raises(ValueError, match=reason) as caught:
+        dw.save(model, tmp_path / "out", format="peft")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+UNREADABLE: dict[str, tuple[str, peft.PeftConfig, dict[str, Any], str]] = {
+    "another rank": ("llama", peft.MissConfig(target_modules=LINEAR, r=4), {"r": 3}, r"says \[3, 32\]"),
+    "an unknown form": (
+        "llama",
+        peft.MissConfig(target_modules=LINEAR, r=4),
+        {"init_weights": "x"},
+        "'x' is not known",
+    ),
+    "an odd chain": ("llama", peft.HRAConfig(target_modules=LINEAR, r=3), {}, "rank=3 .* must be even"),
+    "a convolution turned by patches": (
+        "cnn",
+        peft.OFTConfig(target_modules=CONVOLUTIONS, oft_block_size=3),
+        {},
+        "is a Conv2d, which OFT does not adapt so",
+    ),
+    "a core tensor": (
+        "cnn",
+        peft.LoHaConfig(target_modules=CONVOLUTIONS, r=2, use_effective_conv2d=True),
+        {},
+        "has a core tensor",
+    ),
+    "a core tensor of lokr": (
+        "cnn",
+        peft.LoKrConfig(target_modules=CONVOLUTIONS, r=1, use_effective_conv2d=True),
+        {},
+        "has a core tensor",
+    ),
+    "few terms": ("llama", peft.OFTConfig(target_modules=LINEAR, num_cayley_neumann_terms=2), {}, "terms=2"),
+    "two sizes of blocks": ("llama", peft.OFTConfig(target_modules=LINEAR), {"r": 2}, "one of them must be above 0"),
+    "another factor": ("llama", peft.LoKrConfig(target_modules=LINEAR), {"decompose_factor": 2}, "decompose|lokr_w"),
+    "another kind": ("bert", peft.GloraConfig(target_modules=["query"]), {"config_A_B": "vector"}, "glora_A.X"),
+    "a kind that is not": (
+        "bert",
+        peft.GloraConfig(target_modules=["query"]),
+        {"config_C": "constant"},
+        "c='constant'",
+    ),
+    "another seed": ("llama", peft.RandLoraConfig(target_modules=LINEAR), {"projection_prng_key": 1}, "prng_key=1"),
+    "dora on a moved base": (
+        "llama",
+        peft.LoraConfig(target_modules=LINEAR, use_dora=True),
+        {"init_lora_weights": "olora"},
+        "'olora' with use_dora",
+    ),
+    "quantised by loftq": (
+        "llama",
+        peft.LoraConfig(target_modules=LINEAR),
+        {"init_lora_weights": "loftq"},
+        "'loftq' expects a base that was changed",
+    ),
+    "a key of the future": ("llama", peft.BOFTConfig(target_modules=LINEAR), {"tomorrow": 1}, "tomorrow=1|'1'"),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_what_is_another_variant_or_unknown_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    name, config, change, reason = UNREADABLE[case]
+    model, _ = FAMILIES[name]()
+    peft.get_peft_model(model, config).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        message = refused(FAMILIES[name]()[0], tmp_path)
+    assert re.search(reason, message), message
+
+
+def test_other_bases_than_the_seeds_are_refused(tmp_path: Path) -> None:
+    model, _ = FAMILIES["llama"]()
+    peft.get_peft_model(model, peft.RandLoraConfig(target_modules=LINEAR, r=4)).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors[next(name for name in tensors if name.endswith("randlora_B"))] += 1
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    assert "are not those of projection_prng_key=0" in refused(FAMILIES["llama"]()[0], tmp_path)
+
+
+def test_every_type_that_both_libraries_have_is_read_and_written() -> None:
+    """A type of PEFT that is a method here, under whatever name, is in the table; this fails when either gains one."""
+    otherwise = {"LN_TUNING": "layernorm", "VBLORA": "vb_lora"}
+    ours = {kind.value: otherwise.get(kind.value, kind.value.lower()) for kind in peft.PeftType}
+    assert {kind for kind, slug in ours.items() if slug in dw.methods()} <= set(KINDS)
