@@ -7,13 +7,14 @@ mapped over the stack, so no page knows that experts exist.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .part import PARTS, Delta, Part
+from .part import PARTS, Delta, Part, heard
 
 if TYPE_CHECKING:
     from ..model.weights import Weight
@@ -100,13 +101,22 @@ class PerExpert(Delta):
 
     def dense(self) -> Tensor:
         call, lent = _Dense(self.prototype), self._lent()
-        return torch.vmap(lambda own: functional_call(call, {**own, **lent}, ()))(self._own())
+        change = torch.vmap(lambda own: functional_call(call, {**own, **lent}, ()))(self._own())
+        return heard(self.watch, change)
 
     def fold(self, weight: Tensor) -> Tensor:
         if self.prototype.additive:
             return super().fold(weight)
         call, lent = _Fold(self.prototype), self._lent()
         return torch.vmap(lambda own, w: functional_call(call, {**own, **lent}, (w,)))(self._own(), weight)
+
+
+def of_kind(parts: Iterable[tuple[str, Part]], *kinds: type[Part]) -> Iterator[tuple[str, Any]]:
+    """Those of some named parts that are of a kind, or stacks of it, which hold each tensor under its own name."""
+    names = {kind.__name__ for kind in kinds}
+    for name, part in parts:
+        if (part.kind if isinstance(part, PerExpert) else type(part).__name__) in names:
+            yield name, part
 
 
 class _Dense(nn.Module):

@@ -8,6 +8,7 @@ of a quantised optimizer, cannot follow and is begun anew, with a warning.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -172,8 +173,8 @@ def regroup(tuned: Tuned, optimizer: Any) -> None:
     mine = [group for group in inner.param_groups if "names" in group] or inner.param_groups
     if len(wanted) > len(mine):
         raise ValueError(
-            f"{tuned.method.slug} now trains in {len(wanted)} groups of different rates, the optimizer has {len(mine)}; "
-            "make it from tuned.parameter_groups(...)"
+            f"{tuned.method.slug} now trains in {len(wanted)} groups of different rates, the optimizer has "
+            f"{len(mine)}; make it from tuned.parameter_groups(...)"
         )
     gone = [parameter for group in mine for parameter in group["params"] if id(parameter) not in theirs]
     for group, new in zip(mine, wanted, strict=False):
@@ -187,3 +188,43 @@ def regroup(tuned: Tuned, optimizer: Any) -> None:
     for parameter in gone:
         inner.state.pop(parameter, None)
 
+
+def younger(parameter: Tensor, optimizer: Any, age: int) -> float:
+    """How an Adam that began `age` steps ago would correct the bias of its moments, over how the optimizer does.
+
+    New entries of an old tensor share its count of steps, so their moments, which began at zero, count as complete.
+    Their move times this number is the one that a fresh count would give (up to Adam's epsilon).
+
+    Args:
+        parameter: the tensor, which the optimizer has just stepped.
+        optimizer: wrapped or not; 1 for any that does not correct by a count.
+        age: steps since the entries began, this one included.
+    """
+    inner = unwrapped(optimizer)
+    held = inner.state.get(parameter, {}) if inner is not None else {}
+    if inner is None or "exp_avg_sq" not in held or "step" not in held:
+        return 1.0
+    group = next(group for group in inner.param_groups if any(p is parameter for p in group["params"]))
+    if "betas" not in group:
+        return 1.0
+    first, second = group["betas"]
+
+    def factor(steps: float) -> float:
+        return math.sqrt(1 - second**steps) / (1 - first**steps)
+
+    return factor(age) / factor(float(held["step"]))
+
+
+def refuse_sharing(slug: str) -> None:
+    """For methods whose tensors change their size in training.
+
+    Raises:
+        ValueError: where several processes train together, whose gradients are exchanged in buffers of fixed size.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        number = torch.distributed.get_world_size()
+        if number > 1:
+            raise ValueError(
+                f"{slug} changes the size of its tensors while it trains, which {number} processes that share "
+                "gradients cannot follow; train in one process"
+            )

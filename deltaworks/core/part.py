@@ -100,8 +100,13 @@ class Delta(Part):
     Class attributes:
         additive: `fold(W) = W + dense()`.
         lean: there is a `side` (or `act`) that costs less than building the matrix.
+
+    Attributes:
+        watch: hears in every backward pass what the change is and the loss's gradient with respect to it, both
+            `out x in`; set by rules that score whole changes, on deltas that say they can be watched.
     """
 
+    watch: Callable[[Tensor, Tensor], None] | None = None
     additive: ClassVar[bool] = True
     lean: ClassVar[bool] = False
     mergeable: ClassVar[bool] = True
@@ -233,6 +238,14 @@ class Shared(nn.Module):
     def configuration(self) -> dict[str, Any]:
         """The plain constructor arguments, as JSON can hold them."""
         return {name: getattr(self, name) for name in self.settings}
+
+
+def heard(watch: Callable[[Tensor, Tensor], None] | None, change: Tensor) -> Tensor:
+    """A delta's matrix, whose gradient its watch will hear if there is one."""
+    if watch is not None and change.requires_grad:
+        kept = change.detach()
+        change.register_hook(lambda gradient: watch(kept, gradient))
+    return change
 
 
 def frozen(module: nn.Module, *names: str) -> None:

@@ -39,6 +39,15 @@ class Run:
     seed: int = 0
     history: dict[str, list[tuple[int, Any]]] = field(default_factory=dict)
 
+    def steps(self, time: float) -> int:
+        """A time in steps, from a share of the run (below 1) or from steps."""
+        return int(time * self.total_steps) if time < 1 else int(time)
+
+    @property
+    def sampled(self) -> bool:
+        """Whether this step is one of about a hundred, the last included, whose figures are worth keeping."""
+        return self.step % max(1, self.total_steps // 100) == 0 or self.step == self.total_steps
+
     def record(self, name: str, value: Any) -> None:
         """Keep a figure of this step for the report."""
         self.history.setdefault(name, []).append((self.step, value))

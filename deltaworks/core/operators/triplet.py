@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -9,6 +10,20 @@ from torch import Tensor, nn
 
 from ..moments import keep
 from .low_rank import Factored
+
+
+def orthogonality(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """How far factors are from orthogonal: the mean of `||P^T P - I||` and `||Q Q^T - I||` (Frobenius).
+
+    Args:
+        pairs: P (`... out x rank`) and Q (`... rank x in`) of every layer, at least one.
+    """
+    norms: list[Tensor] = []
+    for p, q in pairs:
+        for gram in (p.mT @ p, q @ q.mT):
+            identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+            norms.append(torch.linalg.matrix_norm(gram - identity).reshape(-1))
+    return torch.cat([norm.to(norms[0].device) for norm in norms]).mean()
 
 
 class Triplet(Factored):

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ...core import fields
-from ...core.experts import PerExpert
+from ...core.experts import PerExpert, of_kind
 from ...core.init import normal, zeros
 from ...core.method import WeightMethod
-from ...core.operators.triplet import Triplet, compact
+from ...core.operators.triplet import Triplet, compact, orthogonality
 from ...core.operators.two_planes import TwoPlanes
 from ...core.registry import method
 from ...core.rule import Rule, Run
@@ -79,7 +79,7 @@ class Budget(Rule):
             ValueError: when the run is too short for both.
         """
         total = run.total_steps
-        first, last = (int(t * total) if t < 1 else int(t) for t in (self.method.t_init, self.method.t_final))
+        first, last = run.steps(self.method.t_init), run.steps(self.method.t_final)
         if first + last >= max(total, 1):
             raise ValueError(
                 f"{self.method.slug}: t_init and t_final take {first} and {last} steps; "
@@ -114,8 +114,7 @@ class Budget(Rule):
                 l.masked_fill_(chosen[name], 0.0)
             if run.step > final:
                 self.masked = chosen
-        # A hundred points make a picture; a long run need not carry more.
-        if run.step % max(1, run.total_steps // 100) == 0 or run.step == run.total_steps:
+        if run.sampled:
             run.record("budget", allowed)
             run.record("ranks", {name: int((l != 0).sum()) for name, _, l, _ in triplets(run.tuned)})
 
@@ -154,11 +153,7 @@ class Budget(Rule):
     def penalty(self, run: Run) -> Tensor | None:
         if not self.method.gamma:
             return None
-        norms = []
-        for _, p, _, q in triplets(run.tuned):
-            identity = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
-            norms += [torch.linalg.matrix_norm(gram - identity).reshape(-1) for gram in (p.mT @ p, q @ q.mT)]
-        return self.method.gamma * torch.cat([norm.to(norms[0].device) for norm in norms]).mean()
+        return self.method.gamma * orthogonality((p, q) for _, p, _, q in triplets(run.tuned))
 
     def finished(self, run: Run) -> None:
         if run.step > self.phases(run)[0]:
@@ -175,8 +170,7 @@ class Budget(Rule):
 def triplets(tuned: Tuned) -> Iterator[tuple[str, nn.Parameter, nn.Parameter, nn.Parameter]]:
     """Name, P, l, Q of every part (of nested ones the inner factors); fused experts hold theirs stacked."""
     names = {Triplet.__name__: ("p", "l", "q"), TwoPlanes.__name__: ("left", "e", "right")}
-    for name, part in tuned.named_parts():
+    for name, part in of_kind(tuned.named_parts(), Triplet, TwoPlanes):
         kind = part.kind if isinstance(part, PerExpert) else type(part).__name__
-        if kind in names:
-            p, l, q = (part.get_parameter(key) for key in names[kind])
-            yield name, p, l, q
+        p, l, q = (part.get_parameter(key) for key in names[kind])
+        yield name, p, l, q

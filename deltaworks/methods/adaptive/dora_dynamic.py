@@ -102,7 +102,7 @@ class Window(Rule):
         else:
             for name, _, l, _ in triplets(run.tuned):
                 l.masked_fill_(self.masked[name].to(l.device), 0.0)
-        if run.step % max(1, run.total_steps // 100) == 0 or run.step == run.total_steps:
+        if run.sampled:
             run.record("ranks", {name: int((l != 0).sum()) for name, _, l, _ in triplets(run.tuned)})
 
     def _lowest(self, count: int) -> dict[str, Tensor]:

@@ -72,7 +72,7 @@ class Threshold(Rule):
     def step_end(self, run: Run) -> None:
         for gate in gates(run.tuned):
             gate.copy_(gate.sign() * (gate.abs() - self.xi(run, gate)).clamp_min(0))
-        if run.step % max(1, run.total_steps // 100) == 0 or run.step == run.total_steps:
+        if run.sampled:
             run.record("ranks", {name: int((l != 0).sum()) for name, _, l, _ in triplets(run.tuned)})
 
     def penalty(self, run: Run) -> Tensor | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core import fields
-from ...core.experts import PerExpert
+from ...core.experts import of_kind
 from ...core.init import kaiming_relu, zeros
 from ...core.method import WeightMethod
 from ...core.moments import restart
@@ -79,7 +79,7 @@ class Freezing(Rule):
     def phases(self, run: Run) -> tuple[int, int]:
         """The last step before freezing, and the last step before all are frozen."""
         total = run.total_steps
-        first, last = (int(t * total) if t < 1 else int(t) for t in (self.method.t_init, self.method.t_final))
+        first, last = run.steps(self.method.t_init), run.steps(self.method.t_final)
         if first + last >= max(total, 1):
             raise ValueError(
                 f"aflora: t_init and t_final take {first} and {last} steps; their sum must be below the run's {total}"
@@ -157,6 +157,5 @@ class Freezing(Rule):
 
 def matrices(tuned: Tuned) -> Iterator[tuple[str, nn.Parameter]]:
     """Every A and B by name; fused experts hold theirs stacked along a leading axis."""
-    for name, part in tuned.named_parts():
-        if isinstance(part, DiagonalFactors) or (isinstance(part, PerExpert) and part.kind == DiagonalFactors.__name__):
-            yield from ((f"{name}.{key}", part.get_parameter(key)) for key in "ab")
+    for name, part in of_kind(tuned.named_parts(), DiagonalFactors):
+        yield from ((f"{name}.{key}", part.get_parameter(key)) for key in "ab")

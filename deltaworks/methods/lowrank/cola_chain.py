@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ...core import fields
-from ...core.experts import PerExpert
+from ...core.experts import of_kind
 from ...core.init import kaiming, zeros
 from ...core.method import WeightMethod
 from ...core.moments import restart
@@ -115,7 +115,6 @@ class Knots(Rule):
 
 def chained(run: Run) -> Iterator[tuple[nn.Parameter, nn.Parameter, nn.Parameter, nn.Parameter]]:
     """A, B and the finished links' of every part; fused experts hold theirs stacked along a leading axis."""
-    for part in run.tuned.parts():
-        if isinstance(part, LowRank) or (isinstance(part, PerExpert) and part.kind == LowRank.__name__):
-            a, b, a0, b0 = (part.get_parameter(name) for name in ("a", "b", "a0", "b0"))
-            yield a, b, a0, b0
+    for _, part in of_kind(run.tuned.named_parts(), LowRank):
+        a, b, a0, b0 = (part.get_parameter(name) for name in ("a", "b", "a0", "b0"))
+        yield a, b, a0, b0

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core import fields
-from ...core.experts import PerExpert
+from ...core.experts import of_kind
 from ...core.init import kaiming, zeros
 from ...core.method import WeightMethod
 from ...core.operators.low_rank import LowRank
@@ -152,6 +152,5 @@ def over(matrix: Tensor, lower: Tensor) -> Tensor:
 
 def factors(tuned: Tuned) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
     """Name, A and B of every part; fused experts hold theirs stacked along a leading axis."""
-    for name, part in tuned.named_parts():
-        if isinstance(part, LowRank) or (isinstance(part, PerExpert) and part.kind == LowRank.__name__):
-            yield name, part.get_parameter("a"), part.get_parameter("b")
+    for name, part in of_kind(tuned.named_parts(), LowRank):
+        yield name, part.get_parameter("a"), part.get_parameter("b")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core import fields
-from ...core.experts import PerExpert
+from ...core.experts import PerExpert, of_kind
 from ...core.init import uniform
 from ...core.method import WeightMethod
 from ...core.operators.shifted import Shifted
@@ -187,9 +187,8 @@ class Switching(Rule):
 
 def pairs(tuned: Tuned) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Name and factors of every part, vectors as rows; fused experts hold theirs stacked along a leading axis."""
-    for name, part in tuned.named_parts():
-        if isinstance(part, Shifted) or (isinstance(part, PerExpert) and part.kind == Shifted.__name__):
-            yield name, {"a": part.get_parameter("a").data, "b": part.get_parameter("b").data.mT}
+    for name, part in of_kind(tuned.named_parts(), Shifted):
+        yield name, {"a": part.get_parameter("a").data, "b": part.get_parameter("b").data.mT}
 
 
 def scale_of(part: nn.Module) -> float:

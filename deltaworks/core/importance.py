@@ -1,0 +1,57 @@
+"""How much whole changes of weights matter to the loss: `sum |dW * dL/d(dW)|`, smoothed over steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+
+from torch import Tensor
+
+from .part import Delta
+
+
+class Importance:
+    """Watches deltas (`Delta.watch`) while they are back-propagated through, and smooths what it hears.
+
+    Args:
+        beta1: smoothing of the importance.
+        beta2: smoothing of its uncertainty, the distance of each step's importance from the smoothed one.
+
+    Attributes:
+        smoothed: by name, both.
+    """
+
+    def __init__(self, beta1: float, beta2: float) -> None:
+        self.beta1, self.beta2 = beta1, beta2
+        self.smoothed: dict[str, tuple[float, float]] = {}
+        self._heard: dict[str, Tensor] = {}
+
+    def watch(self, deltas: Mapping[str, Delta]) -> None:
+        """Listen to the backward passes that follow, until `close`; several of one step add up."""
+        self._heard = {}
+        for name, delta in deltas.items():
+            delta.watch = partial(self._hear, name)
+
+    def _hear(self, name: str, change: Tensor, gradient: Tensor) -> None:
+        score = (change * gradient).abs().sum().detach() / math.sqrt(change.numel())
+        self._heard[name] = self._heard[name] + score if name in self._heard else score
+
+    def close(self, deltas: Mapping[str, Delta]) -> None:
+        """Stop listening, and take what was heard into the smoothed figures.
+
+        Raises:
+            ValueError: when nothing was heard, as under torch.compile.
+        """
+        if not self._heard:
+            raise ValueError("no gradient of a change was seen in this step; train without torch.compile")
+        for name, delta in deltas.items():
+            delta.watch = None
+            mean, spread = self.smoothed.get(name, (0.0, 0.0))
+            score = float(self._heard.get(name, 0.0))
+            mean = self.beta1 * mean + (1 - self.beta1) * score
+            self.smoothed[name] = mean, self.beta2 * spread + (1 - self.beta2) * abs(score - mean)
+
+    def ranked(self) -> list[str]:
+        """Names by importance times uncertainty, highest first; equal ones in the order of the deltas."""
+        return sorted(self.smoothed, key=lambda name: -self.smoothed[name][0] * self.smoothed[name][1])

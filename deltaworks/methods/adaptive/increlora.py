@@ -1,0 +1,199 @@
+"""IncreLoRA: incremental parameter allocation (Zhang et al. 2023, arXiv:2308.12043).
+
+W' = W + alpha / (n + 1e-5) sum_i l_i p_i q_i^T,  p, q ~ N(0, 0.02^2), l = 0, n active terms, one at the start. After
+every backward pass each layer's I = sum |dW * dL/d(dW)| / sqrt(out in) is smoothed; every `interval` steps the `top`
+layers of highest score get `grow` terms more, until the layers have `target_rank` on average. Terms learn in advance:
+a reserve trains its p and q under a constant l = 1e-5 before it becomes active. New tensors begin at rate 0, rise over
+`rise` steps, and fall to 0 at the run's end; the rule scales the optimizer's move of each term accordingly, counting
+Adam's steps from the term's birth. As in the official code the growth rescales older terms (n is the divisor); other
+than there the target is met exactly, and the reserve goes when it is met (there l is set to 0). With accumulation the
+scores of a step's micro-batches add up.
+Use it when the budget is very small: nothing is spent before a layer has shown that it needs it.
+"""
+
+import math
+import zlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core import fields
+from ...core.experts import PerExpert, of_kind
+from ...core.importance import Importance
+from ...core.init import normal, zeros
+from ...core.method import WeightMethod
+from ...core.moments import grow, keep, refuse_sharing
+from ...core.newcomers import Newcomers
+from ...core.operators.growing import Growing
+from ...core.operators.triplet import orthogonality
+from ...core.registry import method
+from ...core.rule import Rule, Run
+from ...core.tuned import Tuned
+from ...model.weights import Weight
+
+STD, RESERVE = 0.02, 1e-5
+DIMENSIONS = {"p": -1, "l": -1, "q": -2}
+
+
+@method("increlora", paper="2308.12043", family="adaptive")
+class IncreLoRA(WeightMethod):
+    """Triplets that grow; trains `init_rank * (in + out + 1) + grow * (in + out)` values a layer at the start."""
+
+    init_rank: int = fields.positive(1, "active terms of every layer at the start")
+    target_rank: int = fields.positive(2, "average number of terms of the layers at the end")
+    grow: int | None = fields.positive(
+        None, "terms that a layer gets at a time; none: half of the target, as in the paper", optional=True
+    )
+    top: int = fields.positive(4, "layers that grow at a time; the paper takes 2 to 6")
+    alpha: float = fields.number(16.0, "numerator of the scale; the divisor is the number of active terms", above=0)
+    dropout: float = fields.fraction(0.0, "probability of dropping an input feature of the branch")
+    warmup: float = fields.number(0.1, "time before the first growth: below 1 a share of the run, else steps", low=0)
+    interval: int | None = fields.positive(
+        None, "steps between two growths; none: so that the target is met in the middle of the run", optional=True
+    )
+    rise: float = fields.number(0.06, "time in which the rate of new terms rises: share of the run, or steps", low=0)
+    advance: bool = fields.flag(True, "let terms in reserve learn before they become active")
+    beta1: float = fields.fraction(0.85, "smoothing of the importance")
+    beta2: float = fields.fraction(0.85, "smoothing of its uncertainty")
+    gamma: float = fields.number(0.1, "weight of the orthogonality penalty", low=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target_rank < self.init_rank:
+            raise ValueError(
+                f"increlora: target_rank={self.target_rank} is below init_rank={self.init_rank}; ranks only grow"
+            )
+
+    @property
+    def step(self) -> int:
+        """Terms that a layer gets at a time."""
+        return self.grow or max(1, self.target_rank // 2)
+
+    @property
+    def waiting(self) -> int:
+        """Terms in reserve at the start."""
+        return self.step if self.advance and self.target_rank > self.init_rank else 0
+
+    def delta(self, weight: Weight) -> Growing:
+        n, m = self.init_rank, self.waiting
+        p, q = normal(weight.fan_out, n + m, std=STD), normal(n + m, weight.fan_in, std=STD)
+        return Growing(p, zeros(n), q, torch.full((m,), RESERVE), self.alpha, self.dropout)
+
+    def rules(self) -> list[Rule]:
+        return [Growth(self)]
+
+    def count(self, weight: Weight) -> int:
+        size = weight.fan_in + weight.fan_out
+        return self.init_rank * (size + 1) + self.waiting * size
+
+
+class Growth(Rule):
+    """Scores layers, lets the highest grow, and paces what is new.
+
+    Attributes:
+        importance: of each layer's change.
+        newcomers: when each term began.
+    """
+
+    def __init__(self, method: IncreLoRA) -> None:
+        self.method = method
+        self.importance = Importance(method.beta1, method.beta2)
+        self.newcomers = Newcomers()
+
+    def attached(self, run: Run) -> None:
+        refuse_sharing("increlora")
+        self.newcomers.know(slices(run.tuned))
+
+    def missing(self, run: Run) -> int:
+        """The number of terms that all layers together are short of."""
+        ranks = [part.l.shape[-1] for _, part in growing(run.tuned)]
+        return self.method.target_rank * len(ranks) - sum(ranks)
+
+    def interval(self, run: Run) -> int:
+        """Steps between two growths."""
+        if self.method.interval:
+            return self.method.interval
+        missing = (self.method.target_rank - self.method.init_rank) * len(list(growing(run.tuned)))
+        rounds = max(1, math.ceil(missing / (self.method.top * self.method.step)))
+        return max(1, (run.total_steps // 2 - run.steps(self.method.warmup)) // rounds)
+
+    def step_begin(self, run: Run) -> None:
+        if self.missing(run):
+            self.importance.watch(dict(growing(run.tuned)))
+
+    def gradients(self, run: Run) -> None:
+        self.newcomers.hold(slices(run.tuned))
+
+    @torch.no_grad()
+    def step_end(self, run: Run) -> None:
+        step, parts = run.step - 1, dict(growing(run.tuned))
+        self.newcomers.pace(slices(run.tuned), run.optimizer, step, partial(self.rate, run))
+        missing = self.missing(run)
+        if missing:
+            self.importance.close(parts)
+        due = bool(missing) and step > run.steps(self.method.warmup) and step % self.interval(run) == 0
+        if due:
+            for name in self.importance.ranked()[: self.method.top]:
+                more = min(self.method.step, missing)
+                self._grow(name, parts[name], more, run)
+                missing -= more
+            if not missing:
+                self._dismiss(run)
+        if due or run.sampled:
+            run.record("ranks", {name: part.l.shape[-1] for name, part in parts.items()})
+
+    def _grow(self, name: str, part: Any, more: int, run: Run) -> None:
+        """Activate terms, and put as many new ones into the reserve (where nothing learns in advance: into use)."""
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{run.seed} {run.step} {name}".encode()))
+        for key, dim in DIMENSIONS.items():
+            tensor = part.get_parameter(key)
+            shape = list(tensor.shape)
+            shape[dim] = more
+            weights = torch.full(shape, RESERVE if self.method.advance else 0.0)
+            new = weights if key == "l" else torch.randn(shape, generator=generator) * STD
+            grow(tensor, new, dim, run.optimizer)
+            self.newcomers.add(f"{name}.{key}", more, run.step)
+
+    def _dismiss(self, run: Run) -> None:
+        """What is in reserve goes."""
+        for name, part in growing(run.tuned):
+            active = part.l.shape[-1]
+            for key in "pq":
+                keep(part.get_parameter(key), torch.arange(active), DIMENSIONS[key], run.optimizer)
+                self.newcomers.cut(f"{name}.{key}", active)
+            part.reserve = part.reserve[..., :0]
+
+    def rate(self, run: Run, birth: int, step: int) -> float:
+        """The learning rate, over the run's highest, at a step (from 0) of what began at another."""
+        age, rise, length = step - birth, run.steps(self.method.rise), run.total_steps - birth
+        return age / rise if age < rise else max(0.0, (length - age) / max(1, length - rise))
+
+    def penalty(self, run: Run) -> Tensor | None:
+        pairs = ((part.p, part.q) for _, part in growing(run.tuned))
+        return self.method.gamma * orthogonality(pairs) if self.method.gamma else None
+
+    def finished(self, run: Run) -> None:
+        self._dismiss(run)
+        for name, part in list(growing(run.tuned)):
+            stack = PerExpert([one.final() for one in part.each()]) if isinstance(part, PerExpert) else None
+            run.tuned.exchange(name, stack or part.final())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"smoothed": self.importance.smoothed, "births": self.newcomers.births}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.importance.smoothed = {name: (pair[0], pair[1]) for name, pair in state["smoothed"].items()}
+        self.newcomers.births = {key: list(births) for key, births in state["births"].items()}
+
+
+def growing(tuned: Tuned) -> Iterator[tuple[str, Any]]:
+    """Name and part of every layer that grows."""
+    return of_kind(tuned.named_parts(), Growing)
+
+
+def slices(tuned: Tuned) -> dict[str, tuple[nn.Parameter, int]]:
+    """Every tensor of theirs, with the dimension along which it grows."""
+    return {f"{n}.{key}": (p.get_parameter(key), dim) for n, p in growing(tuned) for key, dim in DIMENSIONS.items()}
