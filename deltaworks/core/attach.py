@@ -222,7 +222,8 @@ def _home(part: Part, model: nn.Module, site: Site) -> None:
         like = next(model.get_submodule(path).parameters(), None)
     if like is None:
         return
-    part.to(device=like.device)
+    if any(tensor.device != like.device for tensor in (*part.parameters(), *part.buffers())):
+        part.to(device=like.device)
     wanted = torch.float64 if like.dtype == torch.float64 else torch.float32
     for child in part.modules():
         for tensor in (*child._parameters.values(), *child._buffers.values()):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..model.weights import CONVOLUTIONS, Weight, consumes, dequantised
+from ..model.weights import CONVOLUTIONS, Weight, consumes, dequantised, is_ordinary
 from .attention import Attending, attended
 from .operators.effective import effective_linear, folded
 from .part import Delta, Module, Part, Trained, Wrapper
@@ -291,7 +291,7 @@ def _ordinary(layer: nn.Module, stored: Any) -> bool:
     """Whether the layer is a plain product with a frozen weight, which a fused function may take over."""
     base = getattr(type(layer), "_deltaworks_base", type(layer))
     return (
-        type(stored) is nn.Parameter
+        is_ordinary(stored)
         and stored.dtype.itemsize > 1  # one-byte floats carry a scale elsewhere
         and not stored.requires_grad
         and base.forward in (nn.Linear.forward, Conv1D.forward)

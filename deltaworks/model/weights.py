@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -25,6 +26,11 @@ def consumes(layer: nn.Module) -> str:
     if isinstance(layer, nn.Embedding):
         return "embedding"
     return "convolution" if isinstance(layer, CONVOLUTIONS) else "other"
+
+
+def is_ordinary(tensor: Any) -> bool:
+    """Whether a tensor is its storage and no subclass; a shape without values (FakeTensor) stands for such a one."""
+    return type(tensor) in (Tensor, nn.Parameter, FakeTensor)
 
 
 def is_quantised(tensor: Tensor) -> bool:

@@ -19,8 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..model.weights import is_ordinary
+
 # Bytes of float32 logits held at a time: large enough for efficient products, small beside any model.
 CHUNK_BYTES = 32 << 20
+# Rows are filled up to a multiple of these: processors that compile a product for every shape then meet few of them.
+ROWS = 64
 # Configuration entries with which a model changes its logits after the head, or adds terms to the loss.
 AFTER_THE_HEAD = (
     "final_logit_softcapping",
@@ -42,7 +46,7 @@ def head_of(model: nn.Module) -> nn.Linear | None:
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     config = getattr(model, "config", None)
-    if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or config is None:
+    if type(head) is not nn.Linear or not is_ordinary(head.weight) or config is None:
         return None
     if head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad):
         return None
@@ -97,20 +101,23 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        rows = max(ROWS, CHUNK_BYTES // (4 * weight.shape[0]) // ROWS * ROWS)
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        count, padded = len(targets), -(-len(targets) // ROWS) * ROWS
+        hidden = nn.functional.pad(hidden, (0, 0, 0, padded - count))
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, hidden.shape[0], rows):
+        for start in range(0, padded, rows):
             chunk, wanted = hidden[start : start + rows], targets[start : start + rows, None]
             logits = nn.functional.linear(chunk, weight.to(chunk.dtype), None if bias is None else bias.to(chunk.dtype))
             logits = logits.to(total.dtype)
             whole = logits.logsumexp(-1, keepdim=True)
-            total += (whole - logits.gather(1, wanted)).sum()
+            real = len(wanted)
+            total += (whole[:real] - logits[:real].gather(1, wanted)).sum()
             if gradient is not None:
                 probabilities = logits.sub_(whole).exp_()
-                probabilities.scatter_add_(1, wanted, torch.full_like(whole, -1.0))
+                probabilities[:real].scatter_add_(1, wanted, torch.full_like(whole[:real], -1.0))
                 torch.mm(probabilities.to(chunk.dtype), weight.to(chunk.dtype), out=gradient[start : start + rows])
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(None if gradient is None else gradient[:count])
         return total
 
     @staticmethod

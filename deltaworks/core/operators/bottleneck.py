@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ...model.weights import is_ordinary
 from ..init import kaiming, normal, zeros
 from ..part import Module, Part, Shared, Wrapper
 
@@ -73,7 +74,7 @@ class Bottleneck(Part):
     def added(self, y: Tensor, r: Tensor) -> Tensor:
         """`y + s A(r)`, both `... x width`."""
         own = (self.down, self.down_bias, self.up, self.up_bias)
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled(r.device.type) or type(r) is not Tensor:
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(r.device.type) or not is_ordinary(r):
             down, down_bias, up, up_bias = (tensor.to(r.dtype) for tensor in own)
             change = F.linear(self.f(F.linear(r, down, down_bias)), up, up_bias)
             return y + (change * (self.scale if self.s is None else self.s.to(r.dtype))).to(y.dtype)

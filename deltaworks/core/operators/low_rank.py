@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ...model.weights import Weight
+from ...model.weights import Weight, is_ordinary
 from ..part import Delta
 
 
@@ -129,8 +129,8 @@ def plain(delta: Delta, x: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and not x.is_meta  # has no autocast to ask for
         and not torch.is_autocast_enabled(x.device.type)
-        and all(type(parameter) is nn.Parameter for parameter in delta.parameters())
-        and type(x) in (Tensor, nn.Parameter)
+        and all(is_ordinary(parameter) for parameter in delta.parameters())
+        and is_ordinary(x)
     )
 
 
