@@ -103,7 +103,7 @@ def test_what_peft_saves_we_load_and_what_we_save_of_it_peft_loads(case: str, tm
     tolerance = 1e-7 if case == "oft on a leash" else 1e-10  # its length is single precision there
     assert_agree(logits(ours, batch), wanted, base, tolerance)
     # What the method says of itself makes parts of the same shapes again.
-    if config.peft_type != peft.PeftType.GLORA and name != "cnn":
+    if config.peft_type != peft.PeftType.GLORA:
         fresh = dw.attach(family(name)[0], tuned.method, seed=0)
         assert [p.shape for p in fresh.parameters()] == [p.shape for p in tuned.parameters() if not is_bias(tuned, p)]
     dw.save(ours, tmp_path / "ours", format="peft")
@@ -130,6 +130,7 @@ OURS: dict[str, tuple[str, Any]] = {
     "lokr": ("llama", dw.LoKr(rank=3)),
     "lokr as in LyCORIS": ("llama", dw.LoKr(rank=2, init="lycoris", factor=4, both=True)),
     "lokr, full factors": ("llama", dw.LoKr(rank=100, init="lycoris")),
+    "lokr on convolutions": ("cnn", dw.LoKr(rank=2, on=nn.Conv2d)),
     "krona": ("llama", dw.KronA(on="attention.query", rows=4, columns=4)),
     "diffusekrona": ("llama", dw.DiffuseKronA(on="attention.query", rows=4, columns=4)),
     "randlora": ("llama", dw.RandLoRA(rank=4, seed=5)),

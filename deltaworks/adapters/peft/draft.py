@@ -15,7 +15,7 @@ from ...core.part import Delta, Part, Trained
 from ...core.tuned import Tuned
 from ...model.anatomy import describe
 from ..native import base_name, learned
-from .targets import modules
+from .targets import adapts, modules
 
 TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -52,12 +52,12 @@ class Draft:
         """The error for something that PEFT's format has no words for."""
         return ValueError(f"{self.method.slug} cannot be written in PEFT's format: {what}: {why}")
 
-    def layer(self, part: Part, *kinds: type[nn.Module]) -> str:
+    def layer(self, part: Part, *kinds: type[nn.Module], any_convolution: bool = False) -> str:
         """The path of a part that changes the whole weight of a layer of one of these kinds, linear ones without."""
         if part.site.rows is not None or part.site.parameter != "weight":
             raise self.refuse(part.site.name, "PEFT adapts whole layers")
         layer = self.model.get_submodule(part.site.path)
-        if not isinstance(layer, kinds or nn.Linear):
+        if not adapts(layer, kinds or (nn.Linear,), any_convolution=any_convolution):
             raise self.refuse(part.site.name, f"PEFT does not adapt {type(layer).__name__} so")
         return part.site.path
 

@@ -33,7 +33,7 @@ def read(source: Source) -> Plan:
     ranks = Ranks(source, targets, "alpha")
     method = source.made("loha", on=source.on, rank=ranks.rank, alpha=ranks.alpha, overrides=ranks.overrides())
     for path in targets:
-        weight, (rank, alpha) = source.weight(path, *LAYERS), ranks.meant[path]
+        weight, (rank, alpha) = source.weight(path, *LAYERS, any_convolution=True), ranks.meant[path]
         if source.has(f"{path}.hada_t1"):
             refuse(source.file, f"use_effective_conv2d: {path} has a core tensor, and LoHa here has matrices only")
         shapes = {"a": (weight.fan_out, rank), "b": (rank, weight.fan_in)}
@@ -47,7 +47,7 @@ def write(draft: Draft) -> dict[str, Any]:
     ranks, alphas = {}, {}
     for part in draft.parts:
         assert isinstance(part, Hadamard)
-        path = draft.layer(part, *LAYERS)
+        path = draft.layer(part, *LAYERS, any_convolution=True)
         for own, name in FACTORS.items():
             draft.put(f"{path}.{name}", part.get_parameter(own))
         ranks[path] = rank = part.a1.shape[1]

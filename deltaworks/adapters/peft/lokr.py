@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 from torch import nn
 
 from ...core.operators.kronecker import Kronecker
 from ...core.part import Part
-from ...methods.structured.lokr import split
+from ...methods.structured.lokr import shapes
+from ...model.weights import Weight
 from ..reading import Plan
 from .draft import Draft, number
 from .ranks import Ranks
@@ -41,11 +41,11 @@ def read(source: Source) -> Plan:
     settings = {"rank": ranks.rank, "alpha": ranks.alpha, "overrides": ranks.overrides()}
     method = source.made("lokr", on=source.on, factor=factor, both=both, init=init, **settings)
     for path in targets:
-        layer, (rank, alpha) = source.weight(path, *LAYERS).layer, ranks.meant[path]
+        weight, (rank, alpha) = source.weight(path, *LAYERS, any_convolution=True), ranks.meant[path]
         if source.has(f"{path}.lokr_t2"):
             refuse(source.file, f"use_effective_conv2d: {path} has a core tensor, and LoKr here has matrices only")
         factors = {}
-        for name, shape in shapes(layer, rank, factor, both).items():
+        for name, shape in shapes(weight, rank, factor, both).items():
             value = source.tensor(f"{path}.lokr_{name}").flatten(1)
             if tuple(value.shape) != shape:
                 wanted = f"{list(value.shape)}, where {source.file.name} says {list(shape)}"
@@ -55,22 +55,11 @@ def read(source: Source) -> Plan:
     return source.plan(method)
 
 
-def shapes(layer: Any, rank: int, factor: int, both: bool) -> dict[str, tuple[int, int]]:
-    """The matrices that PEFT makes for a layer; of a convolution it splits the channels, and the kernel goes to W2."""
-    if isinstance(layer, nn.Linear):
-        fan_out, fan_in, kernel = layer.out_features, layer.in_features, 1
-    else:
-        fan_out, fan_in, kernel = layer.out_channels, layer.in_channels, prod(layer.kernel_size)
-    (o1, o2), (i1, i2) = split(fan_out, factor), split(fan_in, factor)
-    found = {"w1_a": (o1, rank), "w1_b": (rank, i1)} if both and rank < max(o1, i1) / 2 else {"w1": (o1, i1)}
-    if rank < max(o2, i2) / 2:
-        return found | {"w2_a": (o2, rank), "w2_b": (rank, i2 * kernel)}
-    return found | {"w2": (o2, i2 * kernel)}
-
-
 def write(draft: Draft) -> dict[str, Any]:
     """An adapter of Kronecker products as a `LOKR` configuration."""
-    parts = {draft.layer(part, *LAYERS): part for part in draft.parts if isinstance(part, Kronecker)}
+    parts = {
+        draft.layer(part, *LAYERS, any_convolution=True): part for part in draft.parts if isinstance(part, Kronecker)
+    }
     both = any(part.w1_a is not None for part in parts.values())
     wishes = [getattr(draft.method, "factor", -1), -1]
     wishes += [side for part in parts.values() for side in part.factors()[0].shape]
@@ -114,5 +103,5 @@ def _rank(draft: Draft, path: str, part: Kronecker, factor: int, both: bool) -> 
     thin = [shape[0] for name, shape in held.items() if name.endswith("b")]
     own = getattr(draft.method.at(path), "rank", None)
     tries = [thin[0]] if thin else [own or 1, max(max(shape) for shape in held.values())]
-    layer = draft.model.get_submodule(path)
-    return next((rank for rank in tries if shapes(layer, rank, factor, both) == held), 0)
+    weight = Weight(draft.model.get_submodule(path), path=path)
+    return next((rank for rank in tries if shapes(weight, rank, factor, both) == held), 0)

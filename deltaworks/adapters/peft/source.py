@@ -19,7 +19,7 @@ from ...model.weights import Weight
 from ..files import PEFT_CONFIG, PEFT_WEIGHTS, refuse
 from ..reading import Plan
 from ..sites import check_fit, find_site
-from .targets import Targets, ends_with, modules
+from .targets import Targets, adapts, ends_with, modules
 
 ABOUT = (
     "peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode",
@@ -76,10 +76,10 @@ class Source:
                 told = f"{self.file}: {key}={str(value)[:60]} is left out; it acts in training only"
                 warnings.warn(told, stacklevel=6)
 
-    def weight(self, path: str, *kinds: type[nn.Module]) -> Weight:
+    def weight(self, path: str, *kinds: type[nn.Module], any_convolution: bool = False) -> Weight:
         """The weight of a layer, which must be of a kind that this PEFT type adapts as we do: linear ones without."""
         layer = self.model.get_submodule(path)
-        if not isinstance(layer, kinds or nn.Linear) or getattr(layer, "groups", 1) != 1:
+        if not adapts(layer, kinds or (nn.Linear,), any_convolution=any_convolution):
             kind = type(layer).__name__
             refuse(self.file, f"target_modules: {path} is a {kind}, which {self.kind} does not adapt so")
         return Weight(layer, path=path)

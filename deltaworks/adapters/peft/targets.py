@@ -15,6 +15,8 @@ import regex
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...model.weights import CONVOLUTIONS
+
 ALL_LINEAR = "all-linear"
 PATIENCE = 0.2
 """Seconds a pattern may take on one name; sound ones take microseconds."""
@@ -73,6 +75,20 @@ def modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     for path, module in model.named_modules(remove_duplicate=False):
         if "deltaworks" not in path.split("."):
             yield path, module
+
+
+def adapts(layer: nn.Module, kinds: tuple[type[nn.Module], ...], *, any_convolution: bool = False) -> bool:
+    """Whether a PEFT type for layers of these kinds computes what we do at this one.
+
+    PEFT pads with zeros whatever the layer does, and types that rotate read the first of a convolution's sizes only.
+    """
+    if not isinstance(layer, kinds):
+        return False
+    if not isinstance(layer, CONVOLUTIONS):
+        return True
+    sizes = layer.kernel_size, layer.stride, layer.padding
+    square = all(isinstance(size, tuple) and len(set(size)) == 1 for size in sizes) and layer.groups == 1
+    return layer.padding_mode == "zeros" and (any_convolution or (square and set(layer.dilation) == {1}))
 
 
 def _linear(model: nn.Module) -> list[str]:

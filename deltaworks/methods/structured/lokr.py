@@ -6,12 +6,14 @@ in `peft`; `init="lycoris"` turns that around and, as that library, takes s = 1 
 Use it for the smallest useful files: a thousand values for a 768 x 768 layer.
 """
 
+from math import prod
+
 from ...core import fields
 from ...core.init import kaiming, zeros
 from ...core.method import WeightMethod
 from ...core.operators.kronecker import Kronecker
 from ...core.registry import method
-from ...model.weights import Weight
+from ...model.weights import CONVOLUTIONS, Weight
 
 
 @method("lokr", paper="2309.14859", family="structured")
@@ -30,30 +32,31 @@ class LoKr(WeightMethod):
             raise ValueError("lokr: factor=0 is not allowed; it must be -1 or a whole number of at least 1")
 
     def delta(self, weight: Weight) -> Kronecker:
-        (o1, o2), (i1, i2) = split(weight.fan_out, self.factor), split(weight.fan_in, self.factor)
-        thin1, thin2 = self._thin(o1, i1, first=True), self._thin(o2, i2, first=False)
-        lycoris, rank = self.init == "lycoris", self.rank
-        scale = 1.0 if lycoris and not thin1 and not thin2 else self.alpha / rank
-        factors = {}
-        if thin1:
-            factors["w1_a"] = kaiming(o1, rank) if lycoris else zeros(o1, rank)
-            factors["w1_b"] = kaiming(rank, i1)
-        else:
-            factors["w1"] = kaiming(o1, i1) if lycoris else zeros(o1, i1)
-        if thin2:
-            factors["w2_a"] = kaiming(o2, rank)
-            factors["w2_b"] = zeros(rank, i2) if lycoris else kaiming(rank, i2)
-        else:
-            factors["w2"] = zeros(o2, i2) if lycoris else kaiming(o2, i2)
+        made = self._shapes(weight)
+        lycoris = self.init == "lycoris"
+        scale = 1.0 if lycoris and made.keys() == {"w1", "w2"} else self.alpha / self.rank
+        nothing = ("w2", "w2_b") if lycoris else ("w1", "w1_a")
+        factors = {name: (zeros if name in nothing else kaiming)(*shape) for name, shape in made.items()}
         return Kronecker(**factors, scale=scale)
 
-    def _thin(self, o: int, i: int, *, first: bool) -> bool:
-        return (self.both or not first) and self.rank < max(o, i) / 2
+    def _shapes(self, weight: Weight) -> dict[str, tuple[int, int]]:
+        return shapes(weight, self.rank, self.factor, self.both)
 
     def count(self, weight: Weight) -> int:
-        (o1, o2), (i1, i2) = split(weight.fan_out, self.factor), split(weight.fan_in, self.factor)
-        first = self.rank * (o1 + i1) if self._thin(o1, i1, first=True) else o1 * i1
-        return first + (self.rank * (o2 + i2) if self._thin(o2, i2, first=False) else o2 * i2)
+        return sum(o * i for o, i in self._shapes(weight).values())
+
+
+def shapes(weight: Weight, rank: int, factor: int, both: bool) -> dict[str, tuple[int, int]]:
+    """The matrices for a weight, by name; of a convolution the channels are split, and the kernel goes to W2."""
+    channels, kernel = weight.fan_in, 1
+    if isinstance(weight.layer, CONVOLUTIONS):
+        kernel = prod(weight.layer.kernel_size)
+        channels //= kernel
+    (o1, o2), (i1, i2) = split(weight.fan_out, factor), split(channels, factor)
+    found = {"w1_a": (o1, rank), "w1_b": (rank, i1)} if both and rank < max(o1, i1) / 2 else {"w1": (o1, i1)}
+    if rank < max(o2, i2) / 2:
+        return found | {"w2_a": (o2, rank), "w2_b": (rank, i2 * kernel)}
+    return found | {"w2": (o2, i2 * kernel)}
 
 
 def split(size: int, factor: int) -> tuple[int, int]:
