@@ -120,7 +120,7 @@ class Tuned:
         assert found is not None
         part.site = old.site
         part.train(old.training)
-        found.get_submodule(self.name)._modules[label] = part
+        found.add(self.name, label, part)
         adapter = self.state.adapters[self.name]
         lent = {key for other in self.parts() for key in other.borrowed}
         adapter.shared = {key: module for key, module in adapter.shared.items() if key in lent}
