@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .attach import State, named_parts, state_of
-from .graft import graft_of
+from .graft import graft_of, ungraft
 from .method import Method
-from .part import Part, Trained
+from .part import Part, Shared, Trained
 from .rule import Rule, Rules, Run
 
 
@@ -107,12 +107,13 @@ class Tuned:
         """`<module path>.<label>` and part."""
         return named_parts(self.model, self.name)
 
-    def exchange(self, name: str, part: Part) -> None:
+    def exchange(self, name: str, part: Part, shared: Mapping[str, Shared] | None = None) -> None:
         """Put a part into the place of another, as one that trained in another form than it serves.
 
         Args:
             name: the old part's name, as in `named_parts`.
             part: the new one; shared tensors that nothing borrows any more go.
+            shared: what the new part borrows, by the constructor argument that received it.
         """
         old = dict(self.named_parts())[name]
         path, _, label = name.rpartition(".")
@@ -121,6 +122,37 @@ class Tuned:
         part.site = old.site
         part.train(old.training)
         found.add(self.name, label, part)
+        self.state.adapters[self.name].shared.update(shared or {})
+        self._forget()
+
+    def remove(self, name: str) -> None:
+        """Take a part out of the adapter, as one that turned out to be of no use.
+
+        Args:
+            name: as in `named_parts`.
+
+        Raises:
+            ValueError: when it is the last one.
+        """
+        adapter = self.state.adapters[self.name]
+        if len(adapter.places) == 1:
+            raise ValueError(f"{name} is all that the adapter {self.name!r} has; detach the adapter instead")
+        path, _, label = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        found = graft_of(module)
+        assert found is not None
+        slot = found.get_submodule(self.name)
+        del slot._modules[label]
+        if not len(slot._modules):
+            del found._modules[self.name]
+        found.__dict__.pop("_known", None)  # what it remembers of what acts
+        adapter.places.remove((path, label))
+        if not len(found._modules):
+            ungraft(module)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Let go of shared tensors that nothing borrows."""
         adapter = self.state.adapters[self.name]
         lent = {key for other in self.parts() for key in other.borrowed}
         adapter.shared = {key: module for key, module in adapter.shared.items() if key in lent}

@@ -1,0 +1,192 @@
+"""DiffoRA: differential low-rank matrix adaptation by module selection (Jiang et al. 2025, arXiv:2502.08905).
+
+W' = W + d s B A,  s = alpha / rank,  d in {0, 1} for every weight, found by search: d = sigmoid(theta), theta = 0,
+trains beside A and B for the share `search` of the run. After a warm-up of A and B alone (with B = 0 theta has no
+gradient) steps go in turn to A and B and, by an Adam of their own, to the thetas; so both see halves of the data, which
+are disjoint in a search no longer than an epoch. Then each block keeps LoRAs at the share `keep` of its weights, those
+of largest theta; the others share one pair among all of the same kind (`share=False`: stay as they are), all A and B
+begin anew, and training goes on. There is no public code: relaxation, halves, sharing follow the abstract's account.
+Use it where only some kinds of weights should learn, and it is not known which.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core import fields
+from ...core.experts import PerExpert, of_kind
+from ...core.init import kaiming, zeros
+from ...core.method import WeightMethod
+from ...core.moments import refuse_sharing, regroup
+from ...core.operators.gated import Gated
+from ...core.operators.lent_factors import FactorBank, LentLowRank
+from ...core.operators.low_rank import LowRank
+from ...core.registry import method
+from ...core.rule import Rule, Run
+from ...core.tuned import Tuned
+from ...model.weights import Weight
+
+
+@method("diffora", paper="2502.08905", family="adaptive")
+class DiffoRA(WeightMethod):
+    """LoRA where a search finds that it pays; trains `rank * (in + out) + 1` values a layer while it searches."""
+
+    default_lr = 5e-4
+
+    rank: int = fields.positive(8, "inner dimension r")
+    alpha: float = fields.number(16.0, "numerator of the scale alpha / rank", above=0)
+    dropout: float = fields.fraction(0.0, "probability of dropping an input feature of the branch")
+    search: float = fields.number(0.3, "time of the search: below 1 a share of the run, else steps", low=0)
+    warmup: float = fields.number(0.1, "time at its beginning in which thetas stand still: share or steps", low=0)
+    theta_lr: float = fields.number(1e-2, "learning rate of the thetas", above=0)
+    keep: float = fields.number(0.5, "share of a block's weights that keep a LoRA of their own", low=0, high=1)
+    share: bool = fields.flag(True, "let the other weights of a kind have one LoRA in common")
+
+    def delta(self, weight: Weight) -> Gated:
+        a, b = kaiming(self.rank, weight.fan_in), zeros(weight.fan_out, self.rank)
+        return Gated(a, b, zeros(1), scale=self.alpha / self.rank, dropout=self.dropout)
+
+    def rules(self) -> list[Rule]:
+        return [Selection(self)]
+
+    def count(self, weight: Weight) -> int:
+        return self.rank * (weight.fan_in + weight.fan_out) + 1
+
+
+class Selection(Rule):
+    """Searches, selects, and lets training begin anew.
+
+    Attributes:
+        chosen: names of the parts that keep a LoRA of their own, once they are selected.
+        moments: Adam's of each theta, by part.
+        thetas_made: steps that the thetas have made.
+    """
+
+    def __init__(self, method: DiffoRA) -> None:
+        self.method = method
+        self.chosen: list[str] | None = None
+        self.moments: dict[str, tuple[Tensor, Tensor]] = {}
+        self.thetas_made = 0
+
+    def attached(self, run: Run) -> None:
+        refuse_sharing("diffora")
+        if self.end(run) >= run.total_steps > 0:
+            raise ValueError(
+                f"diffora: search takes {self.end(run)} of the run's {run.total_steps} steps; leave some to train"
+            )
+
+    def end(self, run: Run) -> int:
+        """The last step of the search."""
+        return max(1, run.steps(self.method.search))
+
+    def of_thetas(self, step: int, run: Run) -> bool:
+        """Whether a step, from 0, is one of the thetas; A and B begin."""
+        since = step - run.steps(self.method.warmup)
+        return self.chosen is None and since >= 0 and since % 2 == 1
+
+    @torch.no_grad()
+    def gradients(self, run: Run) -> None:
+        if self.chosen is not None:
+            return
+        mine = self.of_thetas(run.step, run)
+        self.thetas_made += mine
+        for name, part in gated(run.tuned):
+            if mine:
+                self._move(name, part.theta)
+                part.a.grad = part.b.grad = None
+            part.theta.grad = None  # the optimizer passes over what has no gradient
+
+    def _move(self, name: str, theta: Tensor) -> None:
+        if theta.grad is None:
+            return
+        m, v = self.moments.get(name, (torch.zeros_like(theta), torch.zeros_like(theta)))
+        m = m.to(theta).lerp(theta.grad, 0.1)
+        v = v.to(theta).lerp(theta.grad.square(), 0.001)
+        self.moments[name] = m, v
+        first, second = 1 - 0.9**self.thetas_made, 1 - 0.999**self.thetas_made
+        theta.sub_(self.method.theta_lr * (m / first) / ((v / second).sqrt() + 1e-8))
+
+    @torch.no_grad()
+    def step_end(self, run: Run) -> None:
+        if self.chosen is not None:
+            return
+        if run.sampled or run.step == self.end(run):
+            run.record("gates", {name: float(torch.sigmoid(part.theta).mean()) for name, part in gated(run.tuned)})
+        if run.step == self.end(run):
+            self.chosen, names = self.selected(run.tuned), [name for name, _ in gated(run.tuned)]
+            self._discretise(run)
+            run.record("selected", {name: int(name in self.chosen) for name in names})
+
+    def selected(self, tuned: Tuned) -> list[str]:
+        """The parts of largest theta in every block, `round(keep * number)` of each."""
+        blocks: dict[int | None, list[tuple[float, str]]] = {}
+        for name, part in gated(tuned):
+            blocks.setdefault(part.site.block, []).append((float(part.theta.mean()), name))
+        names = []
+        for found in blocks.values():
+            number = math.floor(self.method.keep * len(found) + 0.5)
+            names += [name for _, name in sorted(found, key=lambda pair: -pair[0])[:number]]
+        return names
+
+    def _discretise(self, run: Run) -> None:
+        """Exchange the gated parts for plain and shared ones, all at their start."""
+        generator, parts = torch.Generator().manual_seed(run.seed), dict(gated(run.tuned))
+        kinds = {name: kind(part) for name, part in parts.items() if name not in (self.chosen or [])}
+        bank = self._bank(kinds, parts, generator)
+        settings = {"scale": self.method.alpha / self.method.rank, "dropout": self.method.dropout}
+        for name, part in parts.items():
+            lead = part.a.shape[:-2]
+            if name in kinds and bank is None:
+                run.tuned.remove(name)
+                continue
+            made: list[Any] = []
+            for _ in range(lead.numel()):
+                if name in kinds:
+                    made.append(LentLowRank(bank, f"a_{kinds[name]}", f"b_{kinds[name]}", **settings))  # type: ignore[arg-type]
+                else:
+                    a = drawn(part.a.shape[-2:], generator).to(part.a)
+                    made.append(LowRank(a, part.b.new_zeros(part.b.shape[-2:]), **settings))
+            shared = {"bank": bank} if name in kinds and bank is not None else None
+            run.tuned.exchange(name, PerExpert(made) if lead else made[0], shared)
+        regroup(run.tuned, run.optimizer)
+
+    def _bank(self, kinds: dict[str, str], parts: dict[str, Any], generator: torch.Generator) -> FactorBank | None:
+        if not kinds or not self.method.share:
+            return None
+        like = {kind: parts[name] for name, kind in kinds.items()}
+        shapes: dict[str, Any] = {f"a_{kind}": part.a.shape[-2:] for kind, part in like.items()}
+        bank = FactorBank(shapes | {f"b_{kind}": part.b.shape[-2:] for kind, part in like.items()})
+        for kind, part in like.items():
+            bank.get_parameter(f"a_{kind}").copy_(drawn(part.a.shape[-2:], generator))
+        return bank.to(next(iter(like.values())).a)
+
+    def resumed(self, run: Run) -> None:
+        if self.chosen is not None and any(gated(run.tuned)):
+            with torch.no_grad():
+                self._discretise(run)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"chosen": self.chosen, "moments": self.moments, "thetas_made": self.thetas_made}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.chosen, self.thetas_made = state["chosen"], state["thetas_made"]
+        self.moments = {name: (pair[0], pair[1]) for name, pair in state["moments"].items()}
+
+
+def drawn(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """A's start, as `kaiming`'s."""
+    return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[-1])
+
+
+def kind(part: Any) -> str:
+    """What weights that may share a pair have in common: role, or else the layer's name, and size."""
+    role = part.site.role or part.site.path.rpartition(".")[2]
+    return f"{role}_{part.b.shape[-2]}x{part.a.shape[-1]}".replace(".", "_")
+
+
+def gated(tuned: Tuned) -> Iterator[tuple[str, Any]]:
+    """Name and part of every layer that is still searched."""
+    return of_kind(tuned.named_parts(), Gated)
