@@ -20,7 +20,7 @@ from ..model.anatomy import Anatomy, Site, describe
 from ..model.kinds import GRAFT
 from ..model.weights import Weight, consumes, is_quantised, keep_differentiable
 from .experts import PerExpert
-from .graft import Switchboard, graft, graft_of, ungraft
+from .graft import Switchboard, graft, graft_of, introduce, ungraft
 from .method import Batches, Method, Placed, weight_at
 from .part import Delta, Part, Shared, Trained
 
@@ -188,6 +188,7 @@ def install(
             parameter = module.get_parameter(item.site.parameter or "weight")
             item.part.enter(parameter)
             parameter.requires_grad_(True)
+    introduce(model, describe(model).sites)
     state.adapters[name] = Adapter(method, places, shared)
     state.board.active = (*state.board.active, name)
     return Tuned(model, name)

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..model.anatomy import Site
 from ..model.weights import CONVOLUTIONS, Weight, consumes, dequantised, is_ordinary
 from .attention import Attending, attended
 from .operators.effective import effective_linear, folded
+from .operators.low_rank import Factored, lifted
 from .part import Delta, Module, Part, Trained, Wrapper
+from .sharing import Share, Sharing
 
 
 class Switchboard:
@@ -31,6 +34,7 @@ class Switchboard:
         enabled: False inside `disable`.
         merged: names of the adapters that are folded into the base at present.
         routing: for each example of the batch the adapter that acts on it (None: the base), or None for no routing.
+        sharing: products that layers with the same input have in common.
     """
 
     def __init__(self) -> None:
@@ -38,24 +42,46 @@ class Switchboard:
         self.enabled = True
         self.merged: tuple[str, ...] = ()
         self.routing: tuple[str | None, ...] | None = None
+        self.sharing = Sharing()
+
+
+class Acting(NamedTuple):
+    """What changes a module's call at present, sorted."""
+
+    active: tuple[str, ...]
+    merged: tuple[str, ...]
+    parts: list[Part]
+    deltas: list[Delta]
+    modules: list[Module]
+    attending: list[Attending]
+    wrappers: list[Wrapper]
 
 
 class Graft(nn.Module):
-    """The parts at one module: child `<adapter>.<label>` for each."""
+    """The parts at one module: child `<adapter>.<label>` for each.
+
+    Attributes:
+        board: what acts at present.
+        followers: the grafts of later layers that read the same tensor.
+    """
 
     board: Switchboard
+    followers: list[Graft]
     backup: dict[str, Tensor | None]
+    _known: Acting | None = None
 
     def __init__(self, board: Switchboard) -> None:
         super().__init__()
         self.board = board
         self.backup = {}  # parameters as they were before merging
+        self.followers = []
 
     def add(self, adapter: str, label: str, part: Part) -> None:
         """Hang a part of an adapter here."""
         if adapter not in self._modules:
             self.add_module(adapter, nn.Module())
         self.get_submodule(adapter).add_module(label, part)
+        self._known = None
 
     def parts(self, adapter: str) -> list[Part]:
         """The parts of an adapter at this module, in the order they were added."""
@@ -78,33 +104,55 @@ class Graft(nn.Module):
             return call(*args, **kwargs)
         if board.routing is not None:
             return self._routed(layer, call, args, kwargs, board.routing)
+        acting = self._acting()
+        if not acting.parts:
+            return call(*args, **kwargs)
+        if len(acting.deltas) == len(acting.parts):
+            return _weighted(layer, call, acting.deltas, self, *args, **kwargs)
+        return self._through(layer, call, args, kwargs, acting)
+
+    def _acting(self) -> Acting:
+        """What acts at present; sorted anew only when the adapters change, since this runs in every call."""
+        known, board = self._known, self.board
+        if known is not None and known.active is board.active and known.merged is board.merged:
+            return known
         parts = self.acting(board.active)
-        return self._through(layer, call, args, kwargs, parts) if parts else call(*args, **kwargs)
+        kinds = [[part for part in parts if isinstance(part, kind)] for kind in (Delta, Module, Attending, Wrapper)]
+        found = Acting(board.active, board.merged, parts, *kinds)  # type: ignore[arg-type]
+        if not torch.compiler.is_compiling():
+            self._known = found
+        return found
+
+    def sole(self) -> Part | None:
+        """The delta of the weight that is all that acts here, if so."""
+        parts = self._acting().parts
+        if len(parts) != 1 or not self.board.enabled or self.board.routing is not None:
+            return None
+        return parts[0] if parts[0].site.parameter == "weight" and parts[0].site.rows is None else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": None}
 
     def _through(
-        self, layer: nn.Module, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], parts: list[Part]
+        self, layer: nn.Module, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], acting: Acting
     ) -> Any:
-        deltas = [part for part in parts if isinstance(part, Delta)]
-        modules = [part for part in parts if isinstance(part, Module)]
         inner = call
-        if deltas:
-            inner = functools.partial(_weighted, layer, call, deltas)
-        attending = [part for part in parts if isinstance(part, Attending)]
-        if attending:
-            inner = functools.partial(attended, layer, attending, inner)
-        for part in parts:
-            if isinstance(part, Wrapper):
-                inner = functools.partial(part.within, layer, inner)
-        if not modules:
+        if acting.deltas:
+            inner = functools.partial(_weighted, layer, call, acting.deltas, None)
+        if acting.attending:
+            inner = functools.partial(attended, layer, acting.attending, inner)
+        for part in acting.wrappers:
+            inner = functools.partial(part.within, layer, inner)
+        if not acting.modules:
             return inner(*args, **kwargs)
         original, place = _input(args, kwargs)
         x = original
-        for module in modules:
+        for module in acting.modules:
             x = module.input(x)
         args, kwargs = place(x)
         result = inner(*args, **kwargs)
         y, rebuild = _output(result)
-        for module in modules:
+        for module in acting.modules:
             y = module.output(y, original)
         return rebuild(y)
 
@@ -141,7 +189,7 @@ class Graft(nn.Module):
             part_x = x.index_select(0, rows)
             if deltas:
                 part_args, part_kwargs = place(part_x)
-                own = _weighted(layer, call, deltas, *part_args, **part_kwargs)
+                own = _weighted(layer, call, deltas, None, *part_args, **part_kwargs)
             else:
                 own = y.index_select(0, rows)
             for part in parts:
@@ -192,15 +240,20 @@ def _output(result: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     raise ValueError(f"a module was adapted that gives {type(result).__name__}; a tensor or a tuple can be changed")
 
 
-def _weighted(layer: nn.Module, call: Callable[..., Any], deltas: list[Delta], *args: Any, **kwargs: Any) -> Any:
-    """The layer's output under its deltas: the side path where it is lean, the effective weight elsewhere."""
+def _weighted(
+    layer: nn.Module, call: Callable[..., Any], deltas: list[Delta], graft: Graft | None, *args: Any, **kwargs: Any
+) -> Any:
+    """The layer's output under its deltas: the side path where it is lean, the effective weight elsewhere.
+
+    With a graft, the layer may share products with others that read the same input.
+    """
     kind = consumes(layer)
     if (
         kind == "linear"
         and len(args) + len(kwargs) == 1
         and all(d.site.parameter in ("weight", "bias") for d in deltas)
     ):
-        return _linear(layer, call, deltas, args[0] if args else next(iter(kwargs.values())))
+        return _linear(layer, call, deltas, graft, args[0] if args else next(iter(kwargs.values())))
     if kind != "other" and len(args) == 1 and not kwargs:
         special = {"embedding": "look_up", "convolution": "convolve"}[kind]
         ready = [d for d in deltas if d.site.parameter == "weight" and d.site.rows is None and hasattr(d, special)]
@@ -244,7 +297,9 @@ def _folded(layer: nn.Module, parameter: str, deltas: Sequence[Delta]) -> Tensor
     return view.layout(folded(layer, parameter, deltas, whole))
 
 
-def _linear(layer: nn.Module, call: Callable[..., Tensor], deltas: list[Delta], x: Tensor) -> Tensor:
+def _linear(
+    layer: nn.Module, call: Callable[..., Tensor], deltas: list[Delta], graft: Graft | None, x: Tensor
+) -> Tensor:
     stored = layer._parameters["weight"]
     weight = Weight(layer)
     changes = [delta for delta in deltas if delta.site.parameter == "weight"]
@@ -266,7 +321,12 @@ def _linear(layer: nn.Module, call: Callable[..., Tensor], deltas: list[Delta], 
     elif alone and sides[0].site.rows is None and stored is not None and _ordinary(layer, stored):
         bias = layer._parameters.get("bias")
         if not (bias is not None and bias.requires_grad):
-            y = sides[0].with_base(x, weight.canonical(stored), bias)
+            matrix = weight.canonical(stored)
+            share = graft and _share(graft, sides[0], x) if matrix.dtype == x.dtype else None
+            if share:
+                y = lifted(share.x, share.z, matrix, bias, share.b, share.part.scale)
+            else:
+                y = sides[0].with_base(x, matrix, bias)
             if y is not None:
                 sides = []
     if y is None and alone and sides and sides[0].site.rows is None:
@@ -285,6 +345,12 @@ def _linear(layer: nn.Module, call: Callable[..., Tensor], deltas: list[Delta], 
         if delta.site.parameter == "bias":
             y = y + _spread(delta, layer, y.shape[-1]).to(y.dtype)
     return y
+
+
+def _share(graft: Graft, delta: Delta, x: Tensor) -> Share | None:
+    if not isinstance(delta, Factored) or (not graft.followers and not graft.board.sharing.shares):
+        return None
+    return graft.board.sharing.share(graft, delta, x)
 
 
 def _ordinary(layer: nn.Module, stored: Any) -> bool:
@@ -393,6 +459,19 @@ def graft(module: nn.Module, board: Switchboard, uncalled: Sequence[str] = ()) -
         base, known = type(module)._deltaworks_base, type(module)._deltaworks_uncalled  # type: ignore[attr-defined]
         module.__class__ = swapped(base, tuple(dict.fromkeys((*known, *uncalled))))
     return found
+
+
+def introduce(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Make the grafts of layers that read one tensor known to each other."""
+    readers: dict[int, list[Graft]] = {}
+    for site in sites:
+        found = graft_of(model.get_submodule(site.path)) if site.reads is not None else None
+        if found is not None and site.reads is not None:
+            group = readers.setdefault(site.reads, [])
+            group += [] if found in group else [found]
+    for group in readers.values():
+        for place, found in enumerate(group):
+            found.followers = group[place + 1 :]
 
 
 def ungraft(module: nn.Module) -> None:

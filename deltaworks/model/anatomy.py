@@ -56,6 +56,7 @@ class Site:
     rows: tuple[int, ...] | None = None
     block: int | None = None
     called: bool = True
+    reads: int | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:

@@ -121,6 +121,7 @@ def stack_name(seen: Evidence, container: str, units: list[Unit]) -> str:
 def write_sites(seen: Evidence, blocks: list[Block]) -> Iterator[Site]:
     """All sites: parameters in model order, each fused one followed by its parts; then whole modules."""
     index = {block.path: block.index for block in blocks}
+    numbers: dict[Any, int] = {}
     for path, module in seen.modules.items():
         place = seen.block_of(path)
         block = index.get(place) if place else None
@@ -135,6 +136,9 @@ def write_sites(seen: Evidence, blocks: list[Block]) -> Iterator[Site]:
             "linear" if is_linear(module) else "conv" if is_conv(module)
             else "embedding" if is_embedding(module) else "other"
         )  # fmt: skip
+        call = seen.trace.first(path)
+        if kind == "linear" and call is not None and call.inputs:
+            shared["reads"] = numbers.setdefault(call.inputs[0], len(numbers))
         if kind == "embedding" and role is None and names.POSITION.search(path.rpartition(".")[2]):
             role = "position"
         for parameter in own(module):

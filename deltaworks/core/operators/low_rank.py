@@ -6,6 +6,7 @@ the base product and the branch, adds in place, and keeps `x` (only if A trains)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -62,6 +63,15 @@ class Factored(Delta):
     def with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         return linear_with_branch(self, x, weight, bias, *self.factors())
 
+    def shareable(self, x: Tensor) -> bool:
+        """Whether the product with A may be had from another layer that reads `x`; dropout draws its own for each."""
+        return (
+            type(self).with_base is Factored.with_base
+            and type(self).act is Factored.act
+            and not (self.dropout and self.training)
+            and plain(self, x)
+        )
+
     def look_up(self, tokens: Tensor, layer: nn.Embedding) -> Tensor:
         """The change of an embedding's output, for token ids."""
         a, b = self.factors()
@@ -116,6 +126,19 @@ def linear_with_branch(
         return None
     survive, scale = kept(part, x)
     return _LowRankLinear.apply(x, weight, bias, a, b, scale, survive)  # type: ignore[return-value]
+
+
+def lowered(x: Tensor, factors: Sequence[Tensor], scale: float) -> tuple[Tensor, ...]:
+    """`x`, then `x A^T` for each of several A, as one product forward and one backward.
+
+    Whoever goes on with the `x` that is returned, by `lifted` with the same scale, spares autograd a sum.
+    """
+    return _Lowered.apply(x, scale, *factors)  # type: ignore[return-value]
+
+
+def lifted(x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor, scale: float) -> Tensor:
+    """`x W^T + bias + scale z B^T` for what `lowered` gave, W and bias frozen."""
+    return _Lifted.apply(x, z, weight, bias, b, scale)  # type: ignore[return-value]
 
 
 def _branch(part: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -198,11 +221,14 @@ def _by_weight(delta: Delta, x: Tensor, layer: Any) -> Tensor:
 def _branch_gradients(
     ctx: Any, g: Tensor, x: Tensor | None, survive: Tensor | None, z: Tensor | None, a: Tensor, b: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of the branch, each only if needed: (scale g B, dA, dB)."""
+    """Gradients of the branch, each only if needed: (g B, dA, dB)."""
     need_x, need_a, need_b = ctx.needed
-    gb = (g @ b.to(g.dtype)).mul_(ctx.scale) if need_x or need_a else None
-    da = (gb.T @ branch_input(x, survive)).to(a.dtype) if need_a and gb is not None and x is not None else None
-    db = (g.T @ z).mul_(ctx.scale).to(b.dtype) if need_b and z is not None else None
+    gb = g @ b.to(g.dtype) if need_x or need_a else None
+    da = db = None
+    if need_a and gb is not None and x is not None:
+        da = _gradient(gb, branch_input(x, survive), ctx.scale, a.dtype)
+    if need_b and z is not None:
+        db = _gradient(z, g, ctx.scale, b.dtype).T
     return gb, da, db
 
 
@@ -252,11 +278,74 @@ class _LowRankLinear(torch.autograd.Function):
         if ctx.needed[0] and gb is not None:
             dx = g @ weight
             if survive is None:
-                dx.addmm_(gb, a.to(g.dtype))
+                dx.addmm_(gb, a.to(g.dtype), alpha=ctx.scale)
             else:
-                dx.addcmul_(gb @ a.to(g.dtype), survive.view_as(dx).to(g.dtype))
+                dx.addcmul_(gb @ a.to(g.dtype), survive.view_as(dx).to(g.dtype), value=ctx.scale)
             dx = dx.view(*gradients[0].shape[:-1], weight.shape[-1])
         return dx, None, None, da, db, None, None
+
+
+class _Lowered(torch.autograd.Function):
+    """x and `x A_i^T`; what comes back for the products is still to be multiplied by the scale."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float, *factors: Tensor) -> tuple[Tensor, ...]:
+        a = torch.cat([factor.to(x.dtype) for factor in factors])
+        z = x.reshape(-1, x.shape[-1]) @ a.T
+        ctx.scale, ctx.shape = scale, x.shape[:-1]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[2:]) else None, *factors)
+        return x, *z.split([len(factor) for factor in factors], dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        x, *factors = ctx.saved_tensors
+        dx, *parts = gradients
+        known = next((part for part in parts if part is not None), None)
+        if known is None:
+            return dx, *[None] * (1 + len(factors))
+        sizes = [len(factor) for factor in factors]
+        gz = torch.cat(
+            [known.new_zeros(len(known), n) if p is None else p for p, n in zip(parts, sizes, strict=True)], dim=1
+        )
+        das = [None] * len(factors)
+        if x is not None:
+            das = _gradient(gz, x.reshape(-1, x.shape[-1]), ctx.scale, factors[0].dtype).split(sizes)
+        if ctx.needs_input_grad[0]:
+            a = torch.cat([factor.to(gz.dtype) for factor in factors])
+            if dx is None:
+                dx = (gz @ a).mul_(ctx.scale).view(*ctx.shape, a.shape[1])
+            else:
+                dx = torch.addmm(dx.reshape(-1, a.shape[1]), gz, a, alpha=ctx.scale).view(dx.shape)
+        return dx, None, *(d if need else None for d, need in zip(das, ctx.needs_input_grad[2:], strict=True))
+
+
+class _Lifted(torch.autograd.Function):
+    """`y = x W^T + bias + scale z B^T` with W and bias frozen; z gets its gradient without the scale."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor, scale: float) -> Tensor:
+        y, rows = base_product(x, weight, bias)
+        rows.addmm_(z, b.to(x.dtype).T, alpha=scale)
+        ctx.scale = scale
+        ctx.save_for_backward(z if ctx.needs_input_grad[4] else None, weight, b)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        z, weight, b = ctx.saved_tensors
+        g = gradients[0].reshape(-1, gradients[0].shape[-1])
+        dx = (g @ weight).view(*gradients[0].shape[:-1], weight.shape[-1]) if ctx.needs_input_grad[0] else None
+        gz = g @ b.to(g.dtype) if ctx.needs_input_grad[1] else None
+        return dx, gz, None, None, None if z is None else _gradient(z, g, ctx.scale, b.dtype).T, None
+
+
+def _gradient(narrow: Tensor, wide: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """`scale narrow^T wide`, `rank x width`: this way round the wide operand is read in order."""
+    product = (narrow.T @ wide).to(dtype)
+    return product if scale == 1.0 else product.mul_(scale)
 
 
 class _LowRankAdd(torch.autograd.Function):
@@ -283,6 +372,6 @@ class _LowRankAdd(torch.autograd.Function):
         gb, da, db = _branch_gradients(ctx, g, x, survive, z, a, b)
         dx = None
         if ctx.needed[0] and gb is not None:
-            dx = (gb @ a.to(g.dtype)).view(*gradients[0].shape[:-1], a.shape[-1])
+            dx = (gb @ a.to(g.dtype)).mul_(ctx.scale).view(*gradients[0].shape[:-1], a.shape[-1])
             dx = dx if survive is None else dx.mul_(survive)
         return gradients[0], dx, da, db, None, None
