@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from .. import adapters
 from ..core.attach import attach
 from ..core.tuned import Tuned
 from ..data import Data, Prepared, check_packing, epoch_order, load, prepare
+from ..data.lengths import StepwiseCollator, longest
 from ..model.anatomy import describe
 from ..model.loading import load_base, load_processor, load_tokenizer
 from ..nursery import PREFIX, base_path
@@ -44,6 +45,8 @@ Progress = Callable[..., None]
 FREE = ("output", "save_every", "keep", "evaluate_every", "samples", "sample_length", "device")
 OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd", "adafactor": "adafactor", "adamw_8bit": "adamw_bnb_8bit"}
 PART = ".deltaworks.part"  # a file while it is being written
+HALF = (torch.bfloat16, torch.float16)
+STEPWISE = ("causal-lm", "sequence-classification", "regression", "token-classification")
 LABELLED = ("sequence-classification", "regression", "token-classification", "image-classification")
 
 
@@ -131,6 +134,10 @@ def open_run(recipe: Recipe, tell: Progress = lambda event, **figures: None) -> 
     arguments = _arguments(recipe, Path(recipe.complete().output or "") / "checkpoints", prepared)
     memory = PeakMemory(arguments.device)
     model = _base(place, task, prepared, arguments.device, recipe)
+    if arguments.device.type == "cpu" and task in STEPWISE and next(model.parameters()).dtype in HALF:
+        assert prepared.collator is not None
+        bound = longest(prepared.train, prepared.validation)
+        prepared = replace(prepared, collator=StepwiseCollator(prepared.collator, bound))
     tell("base", name=recipe.base, kind=type(model).__name__, device=str(arguments.device))
     return Opened(task, data, prepared, processor, model, arguments, memory)
 

@@ -1,0 +1,41 @@
+"""Batches come in few lengths, none above what the data ask for."""
+
+import torch
+from datasets import Dataset
+
+from deltaworks.data.collate import num_supervised_tokens
+from deltaworks.data.lengths import StepwiseCollator, longest, stepped
+from deltaworks.data.packing import PackedCollator, pack, padding_collator
+
+
+def rows(*lengths: int) -> list[dict]:
+    return [{"input_ids": list(range(1, n + 1)), "labels": [-100, *range(2, n + 1)]} for n in lengths]
+
+
+def test_steps_are_few_and_near() -> None:
+    lengths = [stepped(length) for length in range(1, 4097)]
+    assert all(length <= step for length, step in enumerate(lengths, 1))
+    assert all(step - length < max(32, length / 8) for length, step in enumerate(lengths, 1))
+    assert len(set(lengths)) == 16 + 8 * 3
+
+
+def test_a_batch_is_padded_to_a_step_but_not_above_the_longest_row() -> None:
+    collator = StepwiseCollator(padding_collator(0), bound=70)
+    assert collator(rows(20, 33))["input_ids"].shape == (2, 64)
+    assert collator(rows(65))["input_ids"].shape == (1, 70)
+    assert collator(rows(90))["input_ids"].shape == (1, 90)
+
+
+def test_padding_is_not_learned_nor_seen() -> None:
+    plain, stepwise = padding_collator(0)(rows(20, 33)), StepwiseCollator(padding_collator(0), 512)(rows(20, 33))
+    assert num_supervised_tokens(stepwise) == num_supervised_tokens(plain)
+    assert torch.equal(stepwise["attention_mask"].sum(1), plain["attention_mask"].sum(1))
+
+
+def test_packed_rows_keep_their_documents() -> None:
+    packed = pack(Dataset.from_list(rows(10, 20, 17)), 40)
+    batch = StepwiseCollator(PackedCollator(0), 64)(list(packed))
+    assert batch["input_ids"].shape == (2, 64)
+    assert longest(packed, None) == 37
+    assert batch["position_ids"][0, :37].tolist() == [*range(20), *range(17)]
+    assert num_supervised_tokens(batch) == 44
