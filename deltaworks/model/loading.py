@@ -63,10 +63,10 @@ def load_base(
     if quantize in ("", "none"):
         quantize = None
     labels = _labels(task, num_labels, id2label)
-    kwargs: dict[str, Any] = {"dtype": _dtype(dtype), "trust_remote_code": trust_remote_code, **labels}
+    kwargs: dict[str, Any] = {"dtype": as_dtype(dtype), "trust_remote_code": trust_remote_code, **labels}
     if quantize is not None:
         shape = load_meta(name, task, num_labels=num_labels, trust_remote_code=trust_remote_code)
-        kwargs["quantization_config"] = quantisation(quantize, describe(shape), _dtype(dtype))
+        kwargs["quantization_config"] = quantisation(quantize, describe(shape), as_dtype(dtype))
         kwargs["device_map"] = {"": str(device or ("cuda" if torch.cuda.is_available() else "cpu"))}
     with _one_line(name, task, quantize):
         model, report = _auto(task).from_pretrained(name, output_loading_info=True, **kwargs)
@@ -204,7 +204,12 @@ def _labels(task: str, num_labels: int | None, id2label: Mapping[int, str] | Non
     return made
 
 
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
+def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
+    """A dtype by name, "auto" for that of the checkpoint.
+
+    Raises:
+        ValueError: when there is no such floating point dtype.
+    """
     if dtype is None or dtype == "auto":
         return "auto"
     short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16"}

@@ -121,16 +121,9 @@ def open_run(recipe: Recipe, tell: Progress = lambda event, **figures: None) -> 
         ValueError, OSError: as `tune`.
     """
     set_seed(recipe.seed)
-    data = load(
-        recipe.data, format=recipe.format, columns=recipe.columns, split=recipe.split, validation=recipe.validation,
-        on_bad_row=recipe.on_bad_row,  # type: ignore[arg-type]
-        limit=recipe.limit, seed=recipe.seed,
-    )  # fmt: skip
+    task, data, processor, prepared = read_data(recipe)
+    tell("data", rows=len(prepared.train), held_out=len(prepared.validation or ()), task=task, prepared=prepared)
     place = str(base_path(recipe.base)) if recipe.base.startswith(PREFIX) else recipe.base
-    task = recipe.task or _task(data, place, recipe)
-    processor = _processor(place, task, recipe)
-    prepared = _prepared(data, task, processor, place, recipe)
-    tell("data", rows=len(prepared.train), held_out=len(prepared.validation or ()), task=task)
     arguments = _arguments(recipe, Path(recipe.complete().output or "") / "checkpoints", prepared)
     memory = PeakMemory(arguments.device)
     model = _base(place, task, prepared, arguments.device, recipe)
@@ -140,6 +133,23 @@ def open_run(recipe: Recipe, tell: Progress = lambda event, **figures: None) -> 
         prepared = replace(prepared, collator=StepwiseCollator(prepared.collator, bound))
     tell("base", name=recipe.base, kind=type(model).__name__, device=str(arguments.device))
     return Opened(task, data, prepared, processor, model, arguments, memory)
+
+
+def read_data(recipe: Recipe) -> tuple[str, Data, Any, Prepared]:
+    """Task, rows, tokenizer or image processor, and examples of a recipe; of the base only its configuration is read.
+
+    Raises:
+        ValueError, OSError: as `tune`.
+    """
+    data = load(
+        recipe.data, format=recipe.format, columns=recipe.columns, split=recipe.split, validation=recipe.validation,
+        on_bad_row=recipe.on_bad_row,  # type: ignore[arg-type]
+        limit=recipe.limit, seed=recipe.seed,
+    )  # fmt: skip
+    place = str(base_path(recipe.base)) if recipe.base.startswith(PREFIX) else recipe.base
+    task = recipe.task or _task(data, place, recipe)
+    processor = _processor(place, task, recipe)
+    return task, data, processor, _prepared(data, task, processor, place, recipe)
 
 
 def tune(
