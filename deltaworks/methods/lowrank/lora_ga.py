@@ -5,7 +5,7 @@ A0 = c V_1..r^T,  B0 = c U_r+1..2r,  c = out^(1/4) / sqrt(gamma): the first step
 best rank-2r approximation of G. The start is subtracted beside the untouched base, as for PiSSA.
 Both factors are orthonormal up to c, as in the official code; `peft` multiplies B by the singular values of G, so that
 its start depends on the scale of the loss. Gradients are taken without dropout; those of quantised layers come from
-what they read and what comes back.
+what they read and what comes back. At most `per_pass` of them are held at once, each until its vectors are known.
 Use it when steps are scarce and a few labelled batches are at hand.
 """
 
@@ -24,6 +24,8 @@ from ...model.weights import Weight
 from ...statistics import mean_gradients, product_gradients
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
+Vectors = tuple[Tensor, Tensor]
+"""Leading singular vectors of a gradient, as columns: `out x q` and `in x q`."""
 
 
 @method("lora_ga", paper="2407.05000", family="lowrank")
@@ -42,28 +44,39 @@ class LoRAGA(WeightMethod):
         "stable", ("stable", "unit", "gd", "weight"), "c: as above, 1, 1 / s, or from W's singular values"
     )
 
-    def measure(self, base: Anatomy, batches: Batches) -> dict[Site, Tensor]:
-        sites = list(base.select(self.on, what="weight"))
-        packed = [s for s in sites if weight_at(base.model, s).quantised]
-        batches = list(batches) if packed else batches
-        gradients = {}
-        if packed:
-            gradients = product_gradients(base.model, list(dict.fromkeys(s.path for s in packed)), batches)
-        names = {s: f"{s.path}.{s.parameter}" for s in sites if s not in packed}
-        plain = mean_gradients(base.model, list(dict.fromkeys(names.values())), batches) if names else {}
-        found = {}
-        for site in sites:
-            weight = weight_at(base.model, site)
-            whole = gradients[site.path] if site in packed else weight.canonical(plain[names[site]])
-            found[site] = whole if site.rows is None else whole[..., list(site.rows), :]
+    per_pass: int = fields.positive(64, "gradients held at a time: bounds memory, costs passes over the batches")
+
+    def measure(self, base: Anatomy, batches: Batches) -> dict[Site, Vectors]:
+        batches, found, places = list(batches), {}, dict[tuple[str, str], list[Site]]()
+        for site in base.select(self.on, what="weight"):
+            places.setdefault((site.path, site.parameter or "weight"), []).append(site)
+        for start in range(0, len(places), self.per_pass):
+            group = list(places.items())[start : start + self.per_pass]
+            packed = [place for place, sites in group if weight_at(base.model, sites[0]).quantised]
+            plain = [place for place, _ in group if place not in packed]
+            taken = product_gradients(base.model, [path for path, _ in packed], batches) if packed else {}
+            taken |= mean_gradients(base.model, [".".join(place) for place in plain], batches) if plain else {}
+            for place, sites in group:
+                gradient = taken.pop(place[0] if place in packed else ".".join(place))
+                for site in sites:
+                    weight = weight_at(base.model, site)
+                    whole = gradient if place in packed else weight.canonical(gradient)
+                    found[site] = self._vectors(whole if site.rows is None else whole[..., list(site.rows), :], weight)
         return found
 
+    def _vectors(self, gradient: Tensor, weight: Weight) -> Vectors:
+        here = self.at(weight.path)
+        assert isinstance(here, LoRAGA)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            u, _, v = torch.svd_lowrank(gradient, q=min(4 * here._rank(weight), *gradient.shape[-2:]), niter=4)
+        return u, v
+
     def delta(self, weight: Weight, **given: Any) -> LowRank:
-        gradient: Tensor = given["measured"]
-        if gradient.dim() == 3:
-            gradient = gradient[weight.number]  # type: ignore[attr-defined]
+        u, v = given["measured"]
+        if u.dim() == 3:
+            u, v = u[weight.number], v[weight.number]  # type: ignore[attr-defined]
         rank, scale = self._rank(weight), self.alpha / math.sqrt(self.rank)
-        u, _, v = torch.svd_lowrank(gradient, q=min(4 * rank, *gradient.shape), niter=4)
         index = torch.arange(2 * rank) if self.direction != "random" else torch.randperm(2 * rank)
         halves = (index[1::2], index[::2]) if self.direction == "ArBr" else (index[:rank], index[rank:])
         for_a, for_b = reversed(halves) if self.direction == "A2rBr" else halves
