@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ...model.weights import Weight
 from ..part import Delta
+from .effective import Built
 from .low_rank import base_product, branch_input, kept, plain
 
 
@@ -101,7 +102,7 @@ class _TiledLinear(torch.autograd.Function):
         return dx.view(*gradients[0].shape[:-1], -1), None, None, dd, None, None
 
 
-class BlockAffine(Delta):
+class BlockAffine(Built):
     """`W'[i, j] = W[i, j] + W[i, j] D + D` for every `r x r` block of W, with D one matrix a row or column of blocks.
 
     Args:
@@ -127,3 +128,26 @@ class BlockAffine(Delta):
         else:
             change = torch.einsum("iajb,jbc->iajc", blocks, self.d) + self.d.transpose(0, 1)
         return (blocks + change).reshape(weight.shape).to(weight.dtype)
+
+    def built(self, weight: Tensor) -> Tensor:
+        d, r = self.d.detach().to(weight.dtype), self.d.shape[-1]
+        if self.along == "in":
+            # Of a row of blocks, all rows of all blocks are one matrix on which its D acts from the right.
+            rows = weight.reshape(len(d), -1, r)
+            made = torch.baddbmm(rows, rows, d).view(len(d), r, -1, r).add_(d.unsqueeze(2))
+        else:
+            columns = weight.unflatten(-1, (-1, r)).transpose(0, 1)
+            made = torch.baddbmm(columns, columns, d).transpose(0, 1).contiguous()
+            made.view(-1, r, len(d), r).add_(d.transpose(0, 1))
+        return made.view(weight.shape)
+
+    def pulled(self, weight: Tensor, change: Tensor) -> tuple[Tensor | None, ...]:
+        groups, r, _ = self.d.shape
+        if self.along == "in":
+            product = torch.bmm(weight.reshape(groups, -1, r).mT, change.view(groups, -1, r))
+            plain = change.view(groups, r, -1, r).sum(2)
+        else:
+            columns = weight.unflatten(-1, (-1, r)).transpose(0, 1)
+            product = torch.bmm(columns.mT, change.unflatten(-1, (-1, r)).transpose(0, 1))
+            plain = change.view(-1, r, groups, r).sum(0).transpose(0, 1)
+        return ((product + plain).to(self.d.dtype),)

@@ -13,8 +13,24 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ...model.weights import Weight
+from ...model.weights import Weight, is_ordinary
 from ..part import Delta, trainable
+
+
+class Built(Delta):
+    """A delta without a cheap side path, whose weight and gradients are had quicker by hand than through autograd.
+
+    `fold` stays the definition, differentiable; these two are the same in fewer passes over the matrix, made in the
+    weight's dtype and without a graph.
+    """
+
+    def built(self, weight: Tensor) -> Tensor:
+        """The changed weight, `out x in`, in `weight`'s dtype; a new tensor."""
+        raise NotImplementedError
+
+    def pulled(self, weight: Tensor, change: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the trained parameters, in their order, from that of the changed weight (may be overwritten)."""
+        raise NotImplementedError
 
 
 def effective_linear(x: Tensor, layer: nn.Module, deltas: Sequence[Delta]) -> Tensor:
@@ -57,6 +73,14 @@ def folded(layer: nn.Module, parameter: str, deltas: Sequence[Delta], whole: Ten
     return whole
 
 
+def _by_hand(layer: nn.Module, deltas: Sequence[Delta]) -> Built | None:
+    """The one delta that acts, where it has gradients of its own."""
+    delta = deltas[0]
+    if len(deltas) > 1 or not isinstance(delta, Built) or delta.site.rows is not None:
+        return None
+    return delta if all(is_ordinary(parameter) for parameter in delta.parameters()) else None
+
+
 def _fold(layer: nn.Module, deltas: Sequence[Delta]) -> Tensor:
     return folded(layer, "weight", deltas, Weight(layer).matrix())
 
@@ -66,7 +90,9 @@ class _EffectiveLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: nn.Module, deltas: Sequence[Delta], *parameters: Tensor) -> Tensor:
         ctx.layer, ctx.deltas = layer, deltas
         ctx.save_for_backward(x if any(ctx.needs_input_grad[3:]) else None)
-        return nn.functional.linear(x, _fold(layer, deltas).to(x.dtype))
+        delta = _by_hand(layer, deltas)
+        weight = _fold(layer, deltas) if delta is None else delta.built(Weight(layer).matrix())
+        return nn.functional.linear(x, weight.to(x.dtype))
 
     @staticmethod
     @once_differentiable
@@ -74,6 +100,13 @@ class _EffectiveLinear(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         g = gradients[0]
         parameters = trainable(ctx.deltas)
+        delta = _by_hand(ctx.layer, ctx.deltas)
+        if delta is not None:
+            matrix = Weight(ctx.layer).matrix()
+            dx = g @ delta.built(matrix).to(g.dtype) if ctx.needs_input_grad[0] else None
+            if x is None:
+                return dx, None, None, *(None for _ in parameters)
+            return dx, None, None, *delta.pulled(matrix, g.flatten(0, -2).T @ x.flatten(0, -2))
         with torch.enable_grad():
             weight = _fold(ctx.layer, ctx.deltas).to(g.dtype)
         dx = g @ weight.detach() if ctx.needs_input_grad[0] else None

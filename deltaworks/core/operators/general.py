@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...model.weights import Weight
 from ..part import Delta
+from .effective import Built
 
 WEIGHT_TERMS = {"a": ("lora", "vector", "constant", "none"), "b": ("lora", "vector", "constant", "none")}
 BIAS_TERMS = {"c": ("lora", "vector", "none"), "d": ("vector", "constant", "none"), "e": ("vector", "constant", "none")}
@@ -78,7 +79,7 @@ class Terms(Delta):
         return made
 
 
-class WeightTerms(Terms):
+class WeightTerms(Terms, Built):
     """`W' = W + W * A + B`.
 
     Args:
@@ -106,6 +107,51 @@ class WeightTerms(Terms):
     def fold(self, weight: Tensor) -> Tensor:
         wide = torch.promote_types(weight.dtype, torch.float32)
         return (weight.to(wide) + self._change(weight.to(wide), self.kinds)).to(weight.dtype)
+
+    def built(self, weight: Tensor) -> Tensor:
+        made = weight
+        for name, sort in self.kinds.items():
+            if sort == "none":
+                continue
+            down, up = self._pair(name, weight.dtype)
+            factor = weight if name == "a" else None
+            if sort != "lora":
+                value = down[:, :1] if sort == "vector" else down[:1, :1]
+                made = made + value if factor is None else torch.addcmul(made, factor, value)
+            else:
+                assert up is not None
+                made = torch.addmm(made, down, up) if factor is None else torch.addcmul(made, factor, down @ up)
+        return weight.clone() if made is weight else made
+
+    def pulled(self, weight: Tensor, change: Tensor) -> tuple[Tensor | None, ...]:
+        found: dict[str, Tensor] = {}
+        for name in ("b", "a"):  # the gradient of a is made in place of that of the weight
+            sort = self.kinds[name]
+            if sort == "none":
+                continue
+            slope = change if name == "b" else change.mul_(weight)
+            down, up = self._pair(name, change.dtype)
+            if sort == "lora":
+                assert up is not None
+                found[f"{name}d"], found[f"{name}u"] = slope @ up.T, down.T @ slope
+            else:
+                wide = torch.promote_types(slope.dtype, torch.float32)
+                sums, whole = slope.sum(1, keepdim=True, dtype=wide), torch.zeros_like(down, dtype=wide)
+                if sort == "vector":
+                    whole[:, :1] = sums
+                else:
+                    whole[:1, :1] = sums.sum()
+                found[f"{name}d"] = whole
+        return tuple(
+            found[name].to(tensor.dtype) if name in found else None
+            for name, tensor in self._parameters.items()
+            if tensor is not None and tensor.requires_grad
+        )
+
+    def _pair(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        down, up = self._parameters[f"{name}d"], self._parameters.get(f"{name}u")
+        assert down is not None
+        return down.detach().to(dtype), None if up is None else up.detach().to(dtype)
 
     def act(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
         matrix = weight.matrix()

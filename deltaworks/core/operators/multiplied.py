@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from ...model.weights import Weight
-from ..part import Delta
+from .effective import Built
 from .low_rank import dropped
 from .recompute import recomputed
 
 
-class Multiplied(Delta):
+class Multiplied(Built):
     """`W'[i, j] = W[i, j] (1 + scale * a[g(i), j] * b[i])`, `g(i) = floor(i r / out)`.
 
-    Activations pass group by group, `((x * a_g) W_g^T) * b_g`; only x is kept, and nothing as large as W is made.
+    The weight is built, in two passes over it. Under dropout activations pass group by group instead,
+    `((x * a_g) W_g^T) * b_g`.
 
     Args:
         a: factors of the inputs, `r x in`, one row for each group of outputs.
@@ -46,8 +47,33 @@ class Multiplied(Delta):
         return (weight.to(factors.dtype) * factors).to(weight.dtype)
 
     def prefers_side(self, tokens: int, weight: Weight) -> bool:
-        # The base's product comes on top; folding costs a few passes over W, and then its gradient.
-        return bool(self.dropout and self.training) or torch.is_grad_enabled()
+        # The base's product comes on top, and one more pass over the activations for every group.
+        return bool(self.dropout and self.training)
+
+    def built(self, weight: Tensor) -> Tensor:
+        return torch.addcmul(weight, weight, self._factors(weight.dtype), value=self.scale)
+
+    def pulled(self, weight: Tensor, change: Tensor) -> tuple[Tensor | None, ...]:
+        change.mul_(weight)
+        a, b = self.a.detach().to(change.dtype), self.b.detach().to(change.dtype)
+        r, fan_out = len(a), len(b)
+        if fan_out % r:
+            ends = [-(-g * fan_out // r) for g in range(r + 1)]
+            parts = [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]
+            da = torch.stack([b[part] @ change[part] for part in parts])
+            db = torch.cat([change[part] @ a[g] for g, part in enumerate(parts)])
+        else:
+            grouped = change.view(r, -1, change.shape[-1])
+            da = torch.bmm(b.view(r, 1, -1), grouped).squeeze(1)
+            db = torch.bmm(grouped, a.unsqueeze(2)).flatten()
+        return da.to(self.a.dtype).mul_(self.scale), db.to(self.b.dtype).mul_(self.scale)
+
+    def _factors(self, dtype: torch.dtype) -> Tensor:
+        """What every entry is multiplied by, without the scale, `out x in`."""
+        a, b = self.a.detach().to(dtype), self.b.detach().to(dtype).unsqueeze(-1)
+        if len(b) % len(a):
+            return a[self.groups()] * b
+        return (a.unsqueeze(1) * b.view(len(a), -1, 1)).flatten(0, 1)
 
     def act(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
         def added(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
