@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from ..part import Delta
+from .made import Made
 
 
-class Hadamard(Delta):
+class Hadamard(Made):
     """`dW = scale (A1 B1) * (A2 B2)`, elementwise.
 
-    It does not factor over activations, so the effective weight is built, once a pass, and kept by nobody: backward
-    builds it again from the factors.
+    It is a product of rank `r^2`: the columns of its factors are all products of a column of A1 and one of A2, the
+    rows all products of a row of B1 and one of B2. So it acts as a low-rank branch as long as `r^2` is small beside
+    the weight's sides, and through the effective weight beyond.
 
     Args:
         a1, a2: `out x r`.
@@ -31,5 +33,37 @@ class Hadamard(Delta):
         self.a2, self.b2 = nn.Parameter(a2), nn.Parameter(b2)
         self.scale = scale
 
+    @property
+    def rank(self) -> int:
+        return self.b1.shape[-2] ** 2
+
+    def sources(self) -> list[Tensor]:
+        return [self.a1, self.b1, self.a2, self.b2]
+
+    def made(self, dtype: torch.dtype, *sources: Tensor) -> tuple[Tensor, Tensor]:
+        a1, b1, a2, b2 = (source.to(dtype) for source in sources)
+        a = (b1.unsqueeze(1) * b2).flatten(0, 1)
+        return a, (a1.unsqueeze(2) * a2.unsqueeze(1)).flatten(1)
+
     def dense(self) -> Tensor:
         return (self.scale * self.a1 @ self.b1) * (self.a2 @ self.b2)
+
+    def built(self, weight: Tensor) -> Tensor:
+        first, second = self._products(weight.dtype)
+        return torch.addcmul(weight, first, second, value=self.scale)
+
+    def pulled(self, weight: Tensor, change: Tensor) -> tuple[Tensor | None, ...]:
+        first, second = self._products(change.dtype)
+        second.mul_(change).mul_(self.scale)
+        first.mul_(change).mul_(self.scale)
+        a1, b1, a2, b2 = (tensor.detach().to(change.dtype) for tensor in self.sources())
+        return tuple(
+            gradient.to(source.dtype)
+            for gradient, source in zip(
+                (second @ b1.T, a1.T @ second, first @ b2.T, a2.T @ first), self.sources(), strict=True
+            )
+        )
+
+    def _products(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        a1, b1, a2, b2 = (tensor.detach().to(dtype) for tensor in self.sources())
+        return a1 @ b1, a2 @ b2

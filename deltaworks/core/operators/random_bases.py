@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from ...model.weights import Weight
 from ..part import Shared
-from .low_rank import Factored
-from .recompute import recomputed
+from .made import Made, constant
 
 
 class RandomBases(Shared):
@@ -58,7 +57,7 @@ def _ternary(first: int, second: int, third: int, sparsity: float, generator: to
     return (drawn > 1 - share).float() - (drawn < share).float()
 
 
-class RandomMixture(Factored):
+class RandomMixture(Made):
     """Trained scalings of shared random bases.
 
     Args:
@@ -96,25 +95,43 @@ class RandomMixture(Factored):
     def rank(self) -> int:
         return self.lam.numel()
 
-    def prefers_side(self, tokens: int, weight: Weight) -> bool:
-        # The inner dimension is as wide as the weight: for many rows of activations one dense product is less work.
-        return (
-            bool(self.dropout and self.training) or tokens * (self.fan_in + self.fan_out) < self.fan_in * self.fan_out
-        )
+    @property
+    def train_a(self) -> bool:  # type: ignore[override]
+        """Whether A is the scaled basis."""
+        return self.fan_in <= self.fan_out
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        return self._oriented(recomputed(self._scaled, self.lam, self.gamma))
+    @property
+    def train_b(self) -> bool:  # type: ignore[override]
+        """Whether B is the scaled basis."""
+        return not self.train_a
+
+    def prefers_side(self, tokens: int, weight: Weight) -> bool:
+        if self.dropout and self.training:
+            return True
+        # The inner dimension is as wide as the weight. In training the side path makes two products a pass and one for
+        # the scaled factor's gradient; the weight is built twice, and its gradient costs two products more.
+        area, short = self.fan_in * self.fan_out, min(self.fan_in, self.fan_out)
+        if not torch.is_grad_enabled():
+            return tokens * (self.fan_in + self.fan_out) < area
+        return tokens * (2 * (self.fan_in + self.fan_out) + short) < 3 * area + tokens * area / self.rank
+
+    def sources(self) -> list[Tensor]:
+        return [self.lam, self.gamma]
+
+    def made(self, dtype: torch.dtype, *sources: Tensor) -> tuple[Tensor, Tensor]:
+        scaled, b = self._scaled(dtype, *sources), self._basis(dtype)
+        return (scaled, b) if self.train_a else (b.T, scaled.T)
 
     def dense(self) -> Tensor:
-        a, b = self._oriented(self._scaled(self.lam, self.gamma))
+        a, b = self.factors()
         return self.scale * (b @ a)
 
-    def _scaled(self, lam: Tensor, gamma: Tensor) -> Tensor:
+    def _scaled(self, dtype: torch.dtype, lam: Tensor, gamma: Tensor) -> Tensor:
         """F, `rank N x short`: every row of A for each basis."""
-        a = self.bases.a[:, None, : gamma.shape[-1]].to(lam.dtype)
-        return (lam.unsqueeze(-1) * a * gamma).flatten(0, 1)
+        short = gamma.shape[-1]
+        a = constant(self.bases.a, dtype, lambda a: a[:, None, :short], short)
+        return (lam.to(dtype).unsqueeze(-1) * a * gamma.to(dtype)).flatten(0, 1)
 
-    def _oriented(self, scaled: Tensor) -> tuple[Tensor, Tensor]:
-        bases = -(-min(self.fan_out, self.fan_in) // self.bases.rank)
-        b = self.bases.b[: max(self.fan_out, self.fan_in), :bases].flatten(1)
-        return (scaled, b) if self.fan_in <= self.fan_out else (b.T, scaled.T)
+    def _basis(self, dtype: torch.dtype) -> Tensor:
+        long, count = max(self.fan_out, self.fan_in), -(-min(self.fan_out, self.fan_in) // self.bases.rank)
+        return constant(self.bases.b, dtype, lambda b: b[:long, :count].flatten(1), (long, count))
