@@ -16,7 +16,7 @@ import torch
 
 from .rows import Row, failed, store, stored
 from .trial import Trial
-from .worker import row_of, work
+from .worker import work
 
 Hear = Callable[[Trial, str, dict[str, Any]], "bool | None"]
 """Called as `hear(trial, event, figures)` with the events of `tune`; True stops the trial."""
@@ -206,8 +206,7 @@ class _Cluster:
     def rows(self, trials: dict[str, Trial], cache: Path) -> Iterator[tuple[str, Row]]:
         ray = self.ray
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        # A worker that has run a trial ends: the next one begins with clean memory.
-        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1, max_retries=0)(_remote)
+        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_remote)
         pending = {remote.remote(trial, str(cache), key, self.threads): key for key, trial in trials.items()}
         while pending:
             ready, _ = ray.wait(list(pending), num_returns=1)
@@ -216,7 +215,7 @@ class _Cluster:
                 try:
                     row = ray.get(reference)
                 except ray.exceptions.RayError as error:
-                    row = failed(f"on Ray: {' '.join(str(error).split())[:300]}")
+                    row = failed(f"on Ray: {str(error).strip().splitlines()[-1].strip()}")
                 if row["status"] == "done" and stored(cache, key) is None:
                     store(cache, key, row)
                 yield key, row
@@ -227,6 +226,6 @@ class _Cluster:
 
 
 def _remote(trial: Trial, cache: str, key: str, threads: int | None) -> Row:
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return row_of(trial, Path(cache), key)
+    """What a Ray worker does: runs the trial in a process of its own, forked off as on a single machine."""
+    (_, row), = Runner(cache, threads=threads)._here({key: trial}, None)
+    return row

@@ -68,9 +68,8 @@ class Trial:
         if self.kind != "tune":
             # What trains nothing is the same for every method and rate.
             unused = ("method", "settings", "also", "lr", "schedule", "warmup", "optimizer", "weight_decay", "clip")
-            unused += ("steps", "epochs", "accumulation", "checkpointing", "measure", "evaluate_every", "limit")
-            keep_rows = ("limit",) if self.kind == "context" else ()
-            kept = {name: value for name, value in kept.items() if name not in unused or name in keep_rows}
+            unused += ("steps", "epochs", "accumulation", "checkpointing", "measure", "evaluate_every")
+            kept = {name: value for name, value in kept.items() if name not in unused}
         return {
             "kind": self.kind,
             "half": self.half,
