@@ -23,6 +23,8 @@ h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 td, th { text-align: left; padding: .3rem .5rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+table.wide { font-size: .75rem; } table.wide th[scope=row] { font-weight: normal; overflow-wrap: anywhere; }
+caption { text-align: left; opacity: .75; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); border-radius: 6px; padding: .5rem .7rem;
   margin: .2rem 0 .7rem; font: 13px/1.45 ui-monospace, monospace; }
 .label { font-size: .8rem; opacity: .75; } details { margin-top: 1rem; }
@@ -164,9 +166,9 @@ def _histories(history: Mapping[str, Sequence[tuple[int, Any]]]) -> Iterable[str
         if all(_is_number(value) for value in values):
             yield lines({name: entries}, "step", name)
         elif all(isinstance(value, Mapping) and all(map(_is_number, value.values())) for value in values):
-            yield raster([(step, dict(value)) for step, value in entries])
+            yield raster([(step, dict(value)) for step, value in entries], name)
         elif all(isinstance(value, (list, tuple)) for value in values):
-            yield raster([(step, {str(item): 1.0 for item in value}) for step, value in entries])
+            yield raster([(step, {str(item): 1.0 for item in value}) for step, value in entries], name)
         else:
             shown = "".join(f"<tr><td>{step}</td><td>{_safe(value)}</td></tr>" for step, value in entries[-ROWS_SHOWN:])
             yield f"<table><tr><th>step</th><th>value</th></tr>{shown}</table>"
@@ -181,34 +183,116 @@ def _natural(text: str) -> list[tuple[int, Any]]:
     return [(0, int(piece)) if piece.isdigit() else (1, piece) for piece in text.replace(".", " ").split()]
 
 
-def raster(entries: Sequence[tuple[int, Mapping[str, float]]]) -> str:
-    """A number for each place over time: rows are places, columns moments, darkness the number."""
-    stride = -(-len(entries) // COLUMNS_SHOWN)
-    entries = entries[::stride]
-    rows = sorted({name for _, values in entries for name in values}, key=_natural)
+def _spread(number: int, most: int) -> list[int]:
+    """Indices of at most so many of a number of things, evenly spread, the first and the last among them."""
+    if number <= most:
+        return list(range(number))
+    return sorted({round(index * (number - 1) / (most - 1)) for index in range(most)})
+
+
+def _short(names: Sequence[str]) -> dict[str, str]:
+    """Names without the dotted pieces that all begin and all end with."""
+    pieces = [name.split(".") for name in names]
+    shortest, first, last = min(len(piece) for piece in pieces) - 1, 0, 0
+    if len(names) > 1:
+        while first < shortest and len({piece[first] for piece in pieces}) == 1:
+            first += 1
+        while last < shortest - first and len({piece[-1 - last] for piece in pieces}) == 1:
+            last += 1
+    return {name: ".".join(piece[first : len(piece) - last])[-48:] for name, piece in zip(names, pieces, strict=True)}
+
+
+def _shade(value: float, low: float, top: float) -> str:
+    share = min(max((abs(value) - low) / (top - low), 0), 1)
+    return f'fill="{COLOURS[0]}" fill-opacity="{0.06 + 0.94 * share:.3f}"'
+
+
+def _scale(values: Sequence[float]) -> tuple[float, float]:
+    """The numbers of the lightest and of the darkest shade: from 0, unless all lie close together far above it."""
+    sizes = [abs(value) for value in values]
+    low, top = min(sizes, default=0), max(sizes, default=0) or 1
+    return (low, top) if low > top / 2 and top > low else (0, top)
+
+
+def _legend(values: Sequence[float], low: float, top: float, left: float) -> list[str]:
+    """Swatches of what the shades mean: every number that can occur where they are few whole ones, else some."""
+    whole = all(value == int(value) >= 0 for value in values) and top <= 12
+    steps = [float(n) for n in range(int(low), int(top) + 1)] if whole else sorted({low, *_ticks(low, top), top})
+    marks, x = [], left
+    for step in steps:
+        label = f"{step:.4g}"
+        marks.append(f'<rect x="{x:.1f}" y="2" width="14" height="14" stroke="#8888" {_shade(step, low, top)}/>')
+        marks.append(f'<text x="{x + 18:.1f}" y="13">{label}</text>')
+        x += 26 + 7 * len(label)
+    return marks
+
+
+def _spells(
+    entries: Sequence[tuple[int, Mapping[str, float]]], place: str, end: int
+) -> Iterable[tuple[int, int, int, float]]:
+    """How long a place had which number: first step, last step that says so, step at which it ends, the number."""
+    spell: tuple[int, int, int, float] | None = None
+    for (step, values), until in zip(entries, [*(step for step, _ in entries[1:]), end], strict=True):
+        value = values.get(place)
+        if spell is not None and spell[3] == value:
+            spell = spell[0], step, until, spell[3]
+            continue
+        if spell is not None:
+            yield spell
+        spell = None if value is None else (step, step, until, value)
+    if spell is not None:
+        yield spell
+
+
+def raster(entries: Sequence[tuple[int, Mapping[str, float]]], name: str = "values") -> str:
+    """A number for each place over time: rows are places, the axis is the step, darkness the number; and as a table."""
+    entries = [entries[index] for index in _spread(len(entries), COLUMNS_SHOWN)]
+    rows = sorted({place for _, values in entries for place in values}, key=_natural)
     left_out, rows = len(rows) - ROWS_SHOWN, rows[:ROWS_SHOWN]
     if not rows:
         return "<p>Nothing was recorded.</p>"
-    top = max((abs(values[name]) for _, values in entries for name in rows if name in values), default=0) or 1
-    label = min(300, 12 + 6 * max(len(name) for name in rows))
-    cell, tall = (WIDTH - RIGHT - label) / len(entries), 16
-    marks = []
-    for index, name in enumerate(rows):
-        y = index * tall
-        marks.append(f'<text x="{label - 6}" y="{y + 12}" text-anchor="end">{_safe(name[-48:])}</text>')
-        for column, (step, values) in enumerate(entries):
-            if name in values:
-                x, value = label + column * cell, values[name]
-                marks.append(
-                    f'<rect x="{x:.1f}" y="{y + 1}" width="{max(cell - 0.5, 0.5):.2f}" height="{tall - 2}" '
-                    f'fill="{COLOURS[0]}" fill-opacity="{0.08 + 0.92 * abs(value) / top:.3f}">'
-                    f"<title>{_safe(name)}, step {step}: {value:g}</title></rect>"
-                )
-    height = len(rows) * tall + 18
-    marks.append(f'<text x="{label}" y="{height - 4}">step {entries[0][0]}</text>')
-    marks.append(f'<text x="{WIDTH - RIGHT}" y="{height - 4}" text-anchor="end">step {entries[-1][0]}</text>')
+    numbers = [values[place] for _, values in entries for place in rows if place in values]
+    (low, top), short = _scale(numbers), _short(rows)
+    label, tall, above = min(300, 12 + 6 * max(map(len, short.values()))), 16, 26
+    steps = [step for step, _ in entries]
+    # A number holds until the next one; the last as long as one does on average.
+    end = steps[-1] + max(1, round((steps[-1] - steps[0]) / max(1, len(steps) - 1)))
+    wide = (WIDTH - RIGHT - label) / (end - steps[0])
+    marks = _legend(numbers, low, top, label)
+    for index, place in enumerate(rows):
+        y = above + index * tall
+        marks.append(f'<text x="{label - 6}" y="{y + 12}" text-anchor="end">{_safe(short[place])}</text>')
+        for step, last, until, value in _spells(entries, place, end):
+            when = f"step {step}" if step == last else f"steps {step} to {last}"
+            marks.append(
+                f'<rect x="{label + (step - steps[0]) * wide:.1f}" y="{y + 1}" '
+                f'width="{max((until - step) * wide - 0.3, 0.5):.2f}" height="{tall - 2}" {_shade(value, low, top)}>'
+                f"<title>{_safe(place)}, {when}: {value:g}</title></rect>"
+            )
+    height = above + len(rows) * tall + 18
+    for tick in {steps[0], *_ticks(steps[0], end - (end - steps[0]) / 12)}:
+        marks.append(f'<text x="{label + (tick - steps[0]) * wide:.1f}" y="{height - 4}">{tick:g}</text>')
+    marks.append(f'<text x="{WIDTH - RIGHT}" y="{height - 4}" text-anchor="end">step</text>')
     more = f"<p class='label'>{left_out} more places are not shown.</p>" if left_out > 0 else ""
-    return _svg(height, "".join(marks)) + more
+    return (
+        _svg(height, f"<title>{_safe(name)} by place and step</title>" + "".join(marks))
+        + _table(rows, [entries[index] for index in _spread(len(entries), 10)], name)
+        + more
+    )
+
+
+def _table(rows: Sequence[str], entries: Sequence[tuple[int, Mapping[str, float]]], name: str) -> str:
+    """A raster's numbers at a few steps, for those who cannot see it."""
+    head = "".join(f'<th scope="col">{step}</th>' for step, _ in entries)
+    body = "".join(
+        f'<tr><th scope="row">{_safe(place)}</th>'
+        + "".join(_cell(f"{values[place]:.4g}" if place in values else "") for _, values in entries)
+        + "</tr>"
+        for place in rows
+    )
+    caption = f"<caption>{_safe(name)} at some steps</caption>"
+    table = f'<table class="wide">{caption}<tr><th scope="col">place</th>{head}</tr>{body}</table>'
+    return f"<details><summary>As a table</summary>{table}</details>"
 
 
 def _figures(metrics: Mapping[str, Any]) -> str:

@@ -102,6 +102,41 @@ def test_rows_of_a_raster_stand_in_natural_order() -> None:
     assert "136 more places are not shown" in PICTURES["many"]
 
 
+def test_a_raster_is_to_scale_in_time_and_says_what_its_shades_mean() -> None:
+    ranks = [(1, {"m.0.q.w": 1, "m.1.q.w": 1}), (3, {"m.0.q.w": 3, "m.1.q.w": 1}), (11, {"m.0.q.w": 3, "m.1.q.w": 2})]
+    picture, _, rest = report.raster(ranks, "ranks").partition("</svg>")
+    root = ElementTree.fromstring(picture + "</svg>")
+    space = "{http://www.w3.org/2000/svg}"
+    assert root.findtext(f"{space}title") == "ranks by place and step" and root.attrib["role"] == "img"
+    texts = [item.text for item in root.iter(f"{space}text")]
+    assert texts[:4] == ["0", "1", "2", "3"], "the legend has every rank that occurs"
+    assert "0" in texts[4:] and "1" in texts[4:] and "m.0.q.w" not in texts, "rows leave out what all names share"
+    cells = [item for item in root.iter(f"{space}rect") if item.find(f"{space}title") is not None]
+    assert [cell.findtext(f"{space}title") for cell in cells] == [
+        "m.0.q.w, step 1: 1", "m.0.q.w, steps 3 to 11: 3", "m.1.q.w, steps 1 to 3: 1", "m.1.q.w, step 11: 2"
+    ]  # fmt: skip
+    widths = [float(cell.attrib["width"]) + 0.3 for cell in cells]
+    assert [width / widths[0] for width in widths] == pytest.approx([1, 13 / 2, 10 / 2, 5 / 2], rel=0.01)
+    shades = {cell.findtext(f"{space}title").rpartition(" ")[2]: cell.attrib["fill-opacity"] for cell in cells}
+    swatches = [item.attrib["fill-opacity"] for item in root.iter(f"{space}rect")][:4]
+    assert shades == {"1": swatches[1], "2": swatches[2], "3": swatches[3]}
+    table = ElementTree.fromstring(rest).find("table")
+    assert table is not None
+    read = [["".join(cell.itertext()) for cell in row] for row in table.findall("tr")]
+    assert read == [["place", "1", "3", "11"], ["m.0.q.w", "1", "3", "3"], ["m.1.q.w", "1", "1", "2"]]
+
+
+def test_numbers_that_lie_close_together_are_told_apart() -> None:
+    drawn = report.raster([(1, {"a": 0.50, "b": 0.52}), (2, {"a": 0.51, "b": 0.51})])
+    assert 'fill-opacity="0.060"><title>a, step 1' in drawn and 'fill-opacity="1.000"><title>b, step 1' in drawn
+    assert ">0.5</text>" in drawn and ">0.52</text>" in drawn
+
+
+def test_a_long_record_keeps_its_first_and_its_last_moment() -> None:
+    drawn = report.raster([(step, {"a": step}) for step in range(1000)])
+    assert "step 0: 0<" in drawn and "step 999: 999<" in drawn and drawn.count("<rect") < 150
+
+
 def test_what_rules_record_is_drawn_by_its_kind() -> None:
     history = {
         "number": [(1, 0.5), (2, 1)], "blocks": [(1, [0, 3]), (20, [1, 2])], "ranks": [(1, {"a": 3}), (2, {"a": 2})],
