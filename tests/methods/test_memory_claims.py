@@ -1,4 +1,4 @@
-"""What the papers say of memory and of files, measured: bytes saved for backward, kept as state, alive at once, stored."""
+"""What the papers say of memory and files, measured: bytes saved for backward, kept as state, alive at once, stored."""
 
 from __future__ import annotations
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import deltaworks as dw
+from deltaworks.methods.lowrank.pissa import split
+from deltaworks.model.anatomy import describe
+from deltaworks.model.loading import load_base
+from deltaworks.model.rounding import rounding
+from deltaworks.model.weights import Weight
 from tests.methods.toys import attach, net, nudge, part
 
 
@@ -55,3 +63,72 @@ def test_the_start_is_stored_and_never_trained() -> None:
     names = {name.rsplit(".", 1)[-1] for name in tuned.tensors()}
     assert names == {"a", "b", "a0", "b0"}
     assert {name.rsplit(".", 1)[-1] for name, _ in tuned.named_parameters()} == {"a", "b"}
+
+
+def wide() -> nn.Module:
+    """A small Llama whose weights fall off like a trained one's."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=32,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for site in describe(model).select("all"):
+            weight = model.get_parameter(f"{site.path}.weight")
+            u, _, vh = torch.linalg.svd(weight, full_matrices=False)
+            weight.copy_(u * 2.0 ** -torch.arange(u.shape[1]).div(4) @ vh)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "int4"])
+def test_the_quantised_residual_loses_less_than_the_quantised_weight(kind: str, tmp_path) -> None:
+    pytest.importorskip("bitsandbytes" if kind == "nf4" else "torchao")
+    tokens = torch.arange(16).view(2, 8)
+    base = wide()
+    wanted = {name: value.clone() for name, value in base.state_dict().items() if name.endswith("proj.weight")}
+    logits = base(tokens).logits
+    base.save_pretrained(tmp_path / "whole")
+    tuned = split(base, dw.PiSSA(rank=8, niter=None), quantize=kind)
+    assert torch.allclose(base(tokens).logits, logits, atol=1e-4), "before it is quantised nothing is lost"
+    base.save_pretrained(tmp_path / "residual", state_dict=bare(base))
+    dw.save(tuned, tmp_path / "adapter")
+    plain = load_base(tmp_path / "whole", quantize=kind)
+    ours = load_base(tmp_path / "residual", quantize=kind)
+    tuned = dw.load(ours, tmp_path / "adapter")
+    for part in tuned.parts():
+        name = f"{part.site.path}.weight"
+        error = wanted[name] - Weight(ours.get_submodule(part.site.path)).dense() - part.dense()
+        assert error.norm() < 0.6 * (wanted[name] - Weight(plain.get_submodule(part.site.path)).dense()).norm()
+    assert (ours(tokens).logits - logits).norm() < (plain(tokens).logits - logits).norm()
+
+
+def test_more_iterations_lose_less() -> None:
+    pytest.importorskip("bitsandbytes")
+
+    def lost(iterations: int) -> float:
+        base, whole = wide(), wide()
+        through = rounding("nf4", describe(base))
+        total = 0.0
+        for part in split(base, dw.PiSSA(rank=8, niter=None), iterations=iterations).parts():
+            residual = base.get_parameter(f"{part.site.path}.weight").detach()
+            total += float(
+                (whole.get_parameter(f"{part.site.path}.weight") - through(residual) - part.dense()).detach().norm()
+            )
+        return total
+
+    assert lost(5) < lost(1)
+
+
+def test_a_split_base_can_not_be_split_again_nor_one_that_is_quantised() -> None:
+    base = wide()
+    split(base, dw.PiSSA(rank=2))
+    with pytest.raises(ValueError, match="nothing attached"):
+        split(base, dw.PiSSA(rank=2))
+    with pytest.raises(ValueError, match="whole linear layers that are not quantised; .*embed_tokens"):
+        split(wide(), dw.PiSSA(rank=2, on="embedding"))
+
+
+def bare(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The base's own tensors of an adapted model."""
+    return {name: value for name, value in model.state_dict().items() if "deltaworks" not in name.split(".")}
