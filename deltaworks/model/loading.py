@@ -155,6 +155,7 @@ def quantisation(kind: str, anatomy: Anatomy, dtype: torch.dtype | str = "auto")
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute,
             llm_int8_skip_modules=spared,  # its name notwithstanding, it holds for four bits too
         )

@@ -96,10 +96,10 @@ def test_the_quantised_residual_loses_less_than_the_quantised_weight(kind: str, 
     plain = load_base(tmp_path / "whole", quantize=kind)
     ours = load_base(tmp_path / "residual", quantize=kind)
     tuned = dw.load(ours, tmp_path / "adapter")
-    for part in tuned.parts():
-        name = f"{part.site.path}.weight"
-        error = wanted[name] - Weight(ours.get_submodule(part.site.path)).dense() - part.dense()
-        assert error.norm() < 0.6 * (wanted[name] - Weight(plain.get_submodule(part.site.path)).dense()).norm()
+    for delta in tuned.parts():
+        name = f"{delta.site.path}.weight"
+        error = wanted[name] - Weight(ours.get_submodule(delta.site.path)).dense() - delta.dense()
+        assert error.norm() < 0.6 * (wanted[name] - Weight(plain.get_submodule(delta.site.path)).dense()).norm()
     assert (ours(tokens).logits - logits).norm() < (plain(tokens).logits - logits).norm()
 
 
@@ -110,10 +110,10 @@ def test_more_iterations_lose_less() -> None:
         base, whole = wide(), wide()
         through = rounding("nf4", describe(base))
         total = 0.0
-        for part in split(base, dw.PiSSA(rank=8, niter=None), iterations=iterations).parts():
-            residual = base.get_parameter(f"{part.site.path}.weight").detach()
+        for delta in split(base, dw.PiSSA(rank=8, niter=None), iterations=iterations).parts():
+            residual = base.get_parameter(f"{delta.site.path}.weight").detach()
             total += float(
-                (whole.get_parameter(f"{part.site.path}.weight") - through(residual) - part.dense()).detach().norm()
+                (whole.get_parameter(f"{delta.site.path}.weight") - through(residual) - delta.dense()).detach().norm()
             )
         return total
 

@@ -60,8 +60,9 @@ def split(model: nn.Module, method: PiSSA, *, quantize: str = "nf4", iterations:
     """QPiSSA: move the principal part of a base that is to be quantised into an adapter; the base keeps the residual.
 
     In turn, `iterations` times: A and B from the best approximation of `W - Q`, and `Q = quantised(W - s B A)`, from
-    Q = 0. Unlike anything else here this changes the base's own weights, in place. Save both and open them together:
-    `model.save_pretrained(folder)`, `dw.save(tuned, adapter)`; `load_base(folder, quantize=...)`, `dw.load(model, ...)`.
+    Q = 0. Unlike anything else here this changes the base's own weights, in place. Save both, with
+    `model.save_pretrained(folder)` and `dw.save(tuned, adapter)`; open them by `load_base(folder, quantize=...)` and
+    `dw.load(model, adapter)`.
 
     Args:
         model: the base, not quantised, with nothing attached.
