@@ -125,9 +125,7 @@ def _through(
 _CONSTANTS = WeakTensorKeyDictionary()
 
 
-def constant(
-    source: Tensor, dtype: torch.dtype, view: Callable[[Tensor], Tensor], key: Hashable
-) -> Tensor:
+def constant(source: Tensor, dtype: torch.dtype, view: Callable[[Tensor], Tensor], key: Hashable) -> Tensor:
     """`view(source)` in a dtype and in one piece, for a frozen source; made once, and again when the source changes.
 
     What layers share is cast once for all of them instead of once a layer and pass.

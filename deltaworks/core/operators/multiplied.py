@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import ClassVar
 
 import torch
@@ -59,7 +60,7 @@ class Multiplied(Built):
         r, fan_out = len(a), len(b)
         if fan_out % r:
             ends = [-(-g * fan_out // r) for g in range(r + 1)]
-            parts = [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]
+            parts = [slice(*pair) for pair in itertools.pairwise(ends)]
             da = torch.stack([b[part] @ change[part] for part in parts])
             db = torch.cat([change[part] @ a[g] for g, part in enumerate(parts)])
         else:

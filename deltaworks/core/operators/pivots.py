@@ -45,12 +45,12 @@ class Pivots(Scaled):
     def dense(self) -> Tensor:
         return self.z.new_zeros(self.fan_out, self.fan_in) if self.lower is None else super().dense()
 
-    def bases(self) -> tuple[Tensor, Tensor]:
+    def bases(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if self.upper is None or self.lower is None:
             raise RuntimeError(
                 "the factors are not there yet; they are made from the weight when an adapter is attached"
             )
-        return self.upper, self.lower
+        return self.upper.to(dtype), self.lower.to(dtype)
 
     def scales(self) -> tuple[Tensor, None]:
         return self.z - (0 if self.start is None else self.start), None

@@ -17,8 +17,9 @@ from torch.autograd.function import once_differentiable
 from ...model.weights import Weight
 from ..part import Delta, Shared
 from .low_rank import base_product, branch_input, dropped, kept, plain
+from .made import constant
 
-Bases = Callable[[], tuple[Tensor, Tensor]]
+Bases = Callable[[torch.dtype], tuple[Tensor, Tensor]]
 
 
 class Scaled(Delta):
@@ -31,8 +32,8 @@ class Scaled(Delta):
     scale: float
     dropout: float = 0.0
 
-    def bases(self) -> tuple[Tensor, Tensor]:
-        """A (`rank x in`) and B (`out x rank`), the constants; made anew or borrowed at every call."""
+    def bases(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A (`rank x in`) and B (`out x rank`), the constants, in a dtype; made anew or borrowed at every call."""
         raise NotImplementedError
 
     def scales(self) -> tuple[Tensor, Tensor | None]:
@@ -40,8 +41,9 @@ class Scaled(Delta):
         raise NotImplementedError
 
     def dense(self) -> Tensor:
-        (a, b), (d, l) = self.bases(), self.scales()
-        change = (b.to(d.dtype) * d) @ a.to(d.dtype)
+        d, l = self.scales()
+        a, b = self.bases(d.dtype)
+        change = (b * d) @ a
         return self.scale * (change if l is None else l.unsqueeze(-1) * change)
 
     def side(self, x: Tensor) -> Tensor:
@@ -55,8 +57,8 @@ class Scaled(Delta):
         if plain(self, x):
             survive, scale = kept(self, x)
             return _ScaledLinear.apply(x, weight, bias, d, l, self.bases, scale, survive)  # type: ignore[return-value]
-        a, b = self.bases()
-        u = ((dropped(self, x) @ a.to(x.dtype).T) * d.to(x.dtype)) @ b.to(x.dtype).T
+        a, b = self.bases(x.dtype)
+        u = ((dropped(self, x) @ a.T) * d.to(x.dtype)) @ b.T
         return self.scale * (u if l is None else u * l.to(x.dtype))
 
 
@@ -110,9 +112,12 @@ class ScaledRandom(Scaled):
         self.lambda_d, self.lambda_b = nn.Parameter(lambda_d), nn.Parameter(lambda_b)
         self.pair, self.fan_in, self.dropout = pair, fan_in, float(dropout)
 
-    def bases(self) -> tuple[Tensor, Tensor]:
-        rank = self.lambda_d.shape[-1]
-        return self.pair.a[:rank, : self.fan_in], self.pair.b[: self.lambda_b.shape[-1], :rank]
+    def bases(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        rank, fan_out, fan_in = self.lambda_d.shape[-1], self.lambda_b.shape[-1], self.fan_in
+        return (
+            constant(self.pair.a, dtype, lambda a: a[:rank, :fan_in], (rank, fan_in)),
+            constant(self.pair.b, dtype, lambda b: b[:fan_out, :rank], (fan_out, rank)),
+        )
 
     def scales(self) -> tuple[Tensor, Tensor]:
         return self.lambda_d, self.lambda_b
@@ -138,15 +143,15 @@ class _ScaledLinear(torch.autograd.Function):
         scale: float,
         survive: Tensor | None,
     ) -> Tensor:
-        a, b = bases()
-        z = branch_input(x, survive) @ a.to(x.dtype).T
-        out = _scaled(b, d, l, x.dtype)
+        a, b = bases(x.dtype)
+        z = branch_input(x, survive) @ a.T
+        inner, out = z * d.to(z.dtype), b if l is None else b * l.to(b.dtype).unsqueeze(-1)
         if weight is None:
             y = x.new_empty(*x.shape[:-1], out.shape[0])
-            torch.mm(z, out.T, out=y.view(-1, out.shape[0])).mul_(scale)
+            torch.mm(inner, out.T, out=y.view(-1, out.shape[0])).mul_(scale)
         else:
             y, rows = base_product(x, weight, bias)
-            rows.addmm_(z, out.T, alpha=scale)
+            rows.addmm_(inner, out.T, alpha=scale)
         ctx.bases, ctx.scale = bases, scale
         ctx.save_for_backward(z, weight, d, l, survive if ctx.needs_input_grad[0] else None)
         return y
@@ -155,21 +160,25 @@ class _ScaledLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         z, weight, d, l, survive = ctx.saved_tensors
-        a, b = ctx.bases()
         g = gradients[0].reshape(-1, gradients[0].shape[-1])
+        a, b = ctx.bases(g.dtype)
+        inner = d.to(g.dtype)
+        gb = g @ (b if l is None else b * l.to(b.dtype).unsqueeze(-1))
+        wide = torch.promote_types(g.dtype, torch.float32)
+        dd = (gb * z).sum(0, dtype=wide).mul_(ctx.scale).to(d.dtype)
+        dl = None
+        if l is not None:
+            # The columns of the branch's last product, before l, have these gradients; B is the same for all rows.
+            dl = (g.T @ (z * inner)).mul_(b).sum(1, dtype=wide).mul_(ctx.scale).to(l.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
-            gz = (g @ _scaled(b, d, l, g.dtype)).mul_(ctx.scale)
-            dx = gz @ a.to(g.dtype)
-            dx = dx if survive is None else dx.mul_(survive.view_as(dx))
-            dx = (dx if weight is None else dx.addmm_(g, weight)).view(*gradients[0].shape[:-1], dx.shape[-1])
-        # diag(l) B diag(d) has gradient P = scale g^T z; both vectors' gradients are sums of P * B.
-        p = (g.T @ z).mul_(ctx.scale).to(d.dtype).mul_(b.to(d.dtype))
-        dd = p.sum(0) if l is None else l @ p
-        dl = p @ d if l is not None else None
+            if weight is None:
+                dx = (gb.mul_(inner) @ a).mul_(ctx.scale)
+                dx = dx if survive is None else dx.mul_(survive.view_as(dx))
+            elif survive is None:
+                dx = (g @ weight).addmm_(gb.mul_(inner), a, alpha=ctx.scale)
+            else:
+                dx = g @ weight
+                dx.addcmul_(gb.mul_(inner) @ a, survive.view_as(dx).to(g.dtype), value=ctx.scale)
+            dx = dx.view(*gradients[0].shape[:-1], dx.shape[-1])
         return dx, None, None, dd, dl, None, None, None
-
-
-def _scaled(b: Tensor, d: Tensor, l: Tensor | None, dtype: torch.dtype) -> Tensor:
-    out = b.to(d.dtype) * d
-    return (out if l is None else out.mul_(l.unsqueeze(-1))).to(dtype)

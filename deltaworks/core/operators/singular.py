@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...model.weights import Weight
 from ..part import Delta
-from .low_rank import Factored
+from .made import Made
 from .scaled import Scaled
 
 
@@ -103,14 +103,15 @@ class SpectrumShift(Singular, Scaled):
         rank, (fan_out, fan_in) = self.shift.shape[-1], (self.fan_out, self.fan_in)
         return torch.is_grad_enabled() or rank * (fan_in + fan_out) < fan_in * fan_out
 
-    def bases(self) -> tuple[Tensor, Tensor]:
-        return self.vectors()
+    def bases(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        vh, u = self.vectors()
+        return vh.to(dtype), u.to(dtype)
 
     def scales(self) -> tuple[Tensor, None]:
         return self.shift, None
 
 
-class SparseMiddle(Singular, Factored):
+class SparseMiddle(Singular, Made):
     """`dW = g U M V^T`, M zero but for some entries, g the sigmoid of a trained gate or one.
 
     Args:
@@ -139,15 +140,19 @@ class SparseMiddle(Singular, Factored):
     def rank(self) -> int:
         return self.prints.shape[-1]
 
-    def middle(self) -> Tensor:
-        """g M, `n x n`."""
-        n = self.rank
-        m = self.m if self.gate is None else self.m * torch.sigmoid(self.gate)
-        return torch.zeros(n * n, dtype=m.dtype, device=m.device).index_add(0, self.index.long(), m).view(n, n)
+    def middle(self, *sources: Tensor) -> Tensor:
+        """g M, `n x n`, of the entries and the gate; of the part's own when none are given."""
+        m, *gate = sources or self.sources()
+        n, index = self.rank, self.index.long()
+        m = m * torch.sigmoid(gate[0]) if gate else m
+        return torch.zeros(n * n, dtype=m.dtype, device=m.device).index_add(0, index, m).view(n, n)
 
     def dense(self) -> Tensor:
         return self.m.new_zeros(self.fan_out, self.fan_in) if self.u is None else super().dense()
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def sources(self) -> list[Tensor]:
+        return [self.m] if self.gate is None else [self.m, self.gate]
+
+    def made(self, dtype: torch.dtype, *sources: Tensor) -> tuple[Tensor, Tensor]:
         vh, u = self.vectors()
-        return vh, u.to(self.m.dtype) @ self.middle()
+        return vh.to(dtype), u.to(dtype) @ self.middle(*sources).to(dtype)

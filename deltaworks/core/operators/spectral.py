@@ -56,9 +56,10 @@ class Spectral(Scaled):
     def prefers_side(self, tokens: int, weight: Weight) -> bool:
         return 8 * self.c.shape[-1] < min(self.fan_out, self.fan_in)
 
-    def bases(self) -> tuple[Tensor, Tensor]:
+    def bases(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         j, k = self._places()
-        return self._waves(k, self.fan_in).T, self._waves(j, self.fan_out) / (self.fan_out * self.fan_in)
+        a, b = self._waves(k, self.fan_in).T, self._waves(j, self.fan_out) / (self.fan_out * self.fan_in)
+        return a.to(dtype), b.to(dtype)
 
     def scales(self) -> tuple[Tensor, None]:
         return torch.cat([self.c, -self.c]), None
