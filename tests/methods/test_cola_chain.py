@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 
 import deltaworks as dw
@@ -73,6 +74,57 @@ def test_one_link_is_lora_to_the_bit() -> None:
         (model(x) - target).square().mean().backward()
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(chain.tensors().values(), lora.tensors().values(), strict=True))
+
+
+def test_falling_ranks_save_state_and_add_up() -> None:
+    sizes = []
+
+    def look(step, after, optimizer, tuned, before) -> None:
+        assert torch.allclose(after, before[0], atol=1e-12)
+        sizes.append(sum(p.numel() for p in tuned.parameters()))
+
+    _, _, tuned = train(2, 9, look, ranks=[4, 2, 1])
+    assert sizes == [136] * 2 + [68] * 3 + [34] * 4  # of links that are complete when they are looked at
+    assert int(torch.linalg.matrix_rank(part(tuned).dense(), rtol=1e-6)) == 7
+    for ranks in ([2, 4], [], [2.0], [1, 0]):
+        with pytest.raises(ValueError, match="cola_chain: ranks=.* none above the one before"):
+            dw.ColaChain(ranks=ranks)
+
+
+def test_falling_ranks_survive_a_file_and_a_resume(tmp_path) -> None:
+    def begin():
+        model, x = net(12, 8, 6)
+        tuned = attach(model, dw.ColaChain, ranks=[4, 2], restart=False)
+        optimizer = torch.optim.AdamW(tuned.parameter_groups(0.05))
+        rules = tuned.run(6, optimizer=optimizer)
+        return model, x, tuned, optimizer, rules
+
+    def go(model, x, optimizer, rules, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            rules.emit("gradients")
+            optimizer.step()
+            rules.emit("step_end")
+
+    model, x, tuned, optimizer, rules = begin()
+    rules.emit("attached")
+    go(model, x, optimizer, rules, 4)
+    kept = copy.deepcopy((tuned.tensors(), optimizer.state_dict(), rules.state_dict()))
+    go(model, x, optimizer, rules, 2)
+    dw.save(model, tmp_path)
+    fresh, _ = net(12, 8, 6)
+    dw.load(fresh, tmp_path)
+    assert torch.equal(fresh(x), model(x))
+    again, _, tuned, optimizer, rules = begin()
+    rules.load_state_dict(kept[2])
+    own = tuned.tensors()
+    with torch.no_grad():
+        for name, value in kept[0].items():
+            own[name].copy_(value)
+    optimizer.load_state_dict(kept[1])
+    go(again, x, optimizer, rules, 2)
+    assert torch.equal(again(x), model(x))
 
 
 def test_memory_is_the_same_at_every_link() -> None:

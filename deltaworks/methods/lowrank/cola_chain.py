@@ -4,7 +4,8 @@ W' = W + s sum_t B_t A_t,  one link after the other: train a LoRA for its share 
 constant), draw a new one with B = 0, drop the optimizer's state, begin the learning rate anew, repeat.
 Finished links stand beside the base instead of in it: room for all is there from the start, so memory is the same at
 every link, the base is untouched, and the result is an ordinary LoRA of rank `links * rank`. The authors publish no
-code; knots are equally spaced, and the restarted rate falls linearly from the run's peak within every link.
+code; knots are equally spaced, and the restarted rate falls linearly from the run's peak within every link. `ranks`
+gives every link its own, falling as the residual shrinks; s is the first link's for all.
 Use it when LoRA's rank is too small and a higher one does not fit the optimizer.
 """
 
@@ -19,11 +20,20 @@ from ...core import fields
 from ...core.experts import of_kind
 from ...core.init import kaiming, zeros
 from ...core.method import WeightMethod
-from ...core.moments import restart
+from ...core.moments import refuse_sharing, replace_value, restart
 from ...core.operators.low_rank import LowRank
 from ...core.registry import method
 from ...core.rule import Rule, Run
 from ...model.weights import Weight
+
+FALLING = "a list of whole numbers of at least 1, none above the one before, or none"
+
+
+def _falling(value: Any) -> str | None:
+    if value is None:
+        return None
+    good = isinstance(value, (list, tuple)) and all(type(rank) is int and rank >= 1 for rank in value)
+    return None if good and value and list(value) == sorted(value, reverse=True) else FALLING
 
 
 @method("cola_chain", paper="2401.04151", family="lowrank")
@@ -36,10 +46,16 @@ class ColaChain(WeightMethod):
     alpha: float = fields.number(16.0, "numerator of the scale alpha / rank", above=0)
     dropout: float = fields.fraction(0.0, "probability of dropping an input feature of the branch")
     links: int = fields.positive(2, "M, length of the chain; 1 is LoRA")
+    ranks: Any = fields.field(None, "falling ranks of the links, instead of rank and links", _falling, FALLING)
     restart: bool = fields.flag(True, "begin the learning rate anew with every link; else the run's schedule goes on")
 
+    @property
+    def chain(self) -> list[int]:
+        """The rank of every link."""
+        return list(self.ranks) if self.ranks is not None else [self.rank] * self.links
+
     def delta(self, weight: Weight) -> LowRank:
-        r, past = self.rank, self.rank * (self.links - 1)
+        r, past = self.chain[0], sum(self.chain[:-1])
         a, b = kaiming(r, weight.fan_in), zeros(weight.fan_out, r)
         scale = self.alpha / r
         if not past:
@@ -48,26 +64,32 @@ class ColaChain(WeightMethod):
         return LowRank(a, b, scale=scale, dropout=self.dropout, a0=a0, b0=b0)
 
     def rules(self) -> list[Rule]:
-        return [Knots(self.links, self.restart)] if self.links > 1 else []
+        return [Knots(self.chain, self.restart)] if len(self.chain) > 1 else []
 
     def count(self, weight: Weight) -> int:
-        return self.rank * (weight.fan_in + weight.fan_out)
+        return self.chain[0] * (weight.fan_in + weight.fan_out)
 
 
 class Knots(Rule):
     """Ties a knot after every `1 / links` of the steps.
 
+    Args:
+        ranks: of the links.
+        restart: begin the learning rate anew with every link.
+
     Attributes:
         tied: number of finished links.
     """
 
-    def __init__(self, links: int, restart: bool) -> None:
-        self.links, self.restart, self.tied = links, restart, 0
+    def __init__(self, ranks: list[int], restart: bool) -> None:
+        self.ranks, self.links, self.restart, self.tied = ranks, len(ranks), restart, 0
         self._rates: list[float] | None = None
 
     def attached(self, run: Run) -> None:
         if run.total_steps < self.links:
             raise ValueError(f"cola_chain: links={self.links} need as many steps, the run has {run.total_steps}")
+        if len(set(self.ranks)) > 1:
+            refuse_sharing("cola_chain with falling ranks")
 
     def ends(self, run: Run) -> list[int]:
         """The steps after which links are complete."""
@@ -95,10 +117,10 @@ class Knots(Rule):
     def _tie(self, run: Run) -> None:
         generator = torch.Generator().manual_seed(run.seed * 1000 + self.tied)
         for a, b, a0, b0 in chained(run):
-            r = a.shape[-2]
-            place = slice(self.tied * r, (self.tied + 1) * r)
+            place = slice(sum(self.ranks[: self.tied]), sum(self.ranks[: self.tied + 1]))
             a0[..., place, :] = a
             b0[..., place] = -b  # what a LowRank holds beside its factors is subtracted
+            narrow(a, b, self.ranks[self.tied + 1])
             bound = 1 / math.sqrt(a.shape[-1])
             a.copy_(torch.rand(a.shape, generator=generator).mul_(2 * bound).sub_(bound))
             b.zero_()
@@ -106,11 +128,22 @@ class Knots(Rule):
                 restart(parameter, run.optimizer)
         self.tied += 1
 
+    def resumed(self, run: Run) -> None:
+        for a, b, _, _ in chained(run):
+            narrow(a, b, self.ranks[self.tied])
+
     def state_dict(self) -> dict[str, Any]:
         return {"tied": self.tied}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.tied = state["tied"]
+
+
+def narrow(a: nn.Parameter, b: nn.Parameter, rank: int) -> None:
+    """Leave room for a smaller rank; values and state of what is left do not matter, a new link begins."""
+    if a.shape[-2] > rank:
+        replace_value(a, a.detach()[..., :rank, :].contiguous())
+        replace_value(b, b.detach()[..., :rank].contiguous())
 
 
 def chained(run: Run) -> Iterator[tuple[nn.Parameter, nn.Parameter, nn.Parameter, nn.Parameter]]:
