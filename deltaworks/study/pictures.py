@@ -1,0 +1,186 @@
+"""A study's pictures as PNG, for papers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from .summary import COSTS, UNITS, Summary, short
+
+MARKERS = {
+    "circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "x": "X", "pentagon": "p", "star": "*",
+}  # fmt: skip
+LINES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
+INCH = 3.2
+
+
+def pictures(summary: Summary, folder: Path) -> list[Path]:
+    """Draw, for each piece of work, the costs, the curves and the forgetting, and one picture along each axis.
+
+    Raises:
+        ImportError: when matplotlib is missing.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise ImportError("pictures need a package that is not installed: pip install 'deltaworks[study]'") from None
+    from .pages import looks, names_of
+
+    folder.mkdir(parents=True, exist_ok=True)
+    given = looks(names_of(summary))
+    made = []
+    for number, cell in enumerate(summary["cells"], 1):
+        made.append(_save(_costs(cell, given), folder / f"costs-{number}.png"))
+        if any(one["curve"] for one in cell["methods"]):
+            made.append(_save(_curves(cell, given), folder / f"learning-{number}.png"))
+        if any(one["forgetting"] for one in cell["methods"] if one["kind"] == "tune"):
+            made.append(_save(_forgetting(cell, given), folder / f"forgetting-{number}.png"))
+    for axis in summary["axes"]:
+        for number, group in enumerate(_along(summary, axis), 1):
+            name = f"by-{re.sub(r'[^a-z0-9]+', '-', axis.lower())}-{number}.png"
+            made.append(_save(_line(axis, group, given), folder / name))
+    return made
+
+
+def _new(columns: int, rows: int = 1, **more: Any) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(INCH * columns, INCH * 0.9 * rows), layout="constrained", dpi=200, **more)
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path)
+    return path
+
+
+def _plain(axes: Any, across: str, up: str) -> None:
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3, linewidth=0.6)
+
+
+def _costs(cell: Summary, given: dict[str, dict[str, str]]) -> Any:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+    figure, grid = _new(3, 2)
+    trained = [one for one in cell["methods"] if one["kind"] == "tune" and one["mean"] is not None]
+    places = list(grid.flat)
+    for axes, (cost, name) in zip(places, COSTS.items(), strict=False):
+        _plain(axes, name, cell["metric"])
+        known = [one for one in trained if one[cost]]
+        front = [next(one for one in known if one["name"] == wanted) for wanted in cell["fronts"][cost]]
+        axes.step([one[cost] for one in front], [one["mean"] for one in front], where="post", color="0.6", linewidth=1)
+        for one in known:
+            look = given[one["name"]]
+            error = [[one["mean"] - one["low"]], [one["high"] - one["mean"]]]
+            axes.errorbar(
+                one[cost], one["mean"], yerr=error, fmt=MARKERS[look["symbol"]], color=look["hex"], markersize=5,
+                linewidth=1, label=one["name"],
+            )  # fmt: skip
+        for one in cell["methods"]:
+            if one["kind"] != "tune" and one["mean"] is not None:
+                axes.axhline(one["mean"], color="0.5", linestyle=":", linewidth=1)
+                axes.text(
+                    1, one["mean"], one["name"], transform=axes.get_yaxis_transform(), ha="right", va="bottom",
+                    fontsize=7, color="0.4",
+                )  # fmt: skip
+        if known:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _, cost=cost: short(value, UNITS.get(cost, ""))))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+    places[-1].axis("off")
+    handles, labels = places[0].get_legend_handles_labels()
+    places[-1].legend(handles, labels, loc="center", ncols=2 if len(labels) > 8 else 1, fontsize=8, frameon=False)
+    return figure
+
+
+def _curves(cell: Summary, given: dict[str, dict[str, str]]) -> Any:
+    parts = [("curve", "training loss")]
+    if any(one["held_out"] for one in cell["methods"]):
+        parts.append(("held_out", f"held-out {cell['metric']}"))
+    figure, grid = _new(len(parts) + 1)
+    for axes, (part, name) in zip(grid[0], parts, strict=False):
+        _plain(axes, "step", name)
+        for one in cell["methods"]:
+            if one[part]:
+                look, found = given[one["name"]], one[part]
+                axes.fill_between(
+                    found["steps"], found["low"], found["high"], color=look["hex"], alpha=0.12, linewidth=0
+                )
+                axes.plot(
+                    found["steps"], found["mean"], color=look["hex"], linestyle=LINES[look["dash"]], linewidth=1.3,
+                    label=one["name"],
+                )  # fmt: skip
+    grid[0][-1].axis("off")
+    grid[0][-1].legend(*grid[0][0].get_legend_handles_labels(), loc="center left", fontsize=8, frameon=False)
+    return figure
+
+
+def _forgetting(cell: Summary, given: dict[str, dict[str, str]]) -> Any:
+    known = [one for one in cell["methods"] if one["forgetting"] and one["kind"] == "tune"]
+    known.sort(key=lambda one: -one["forgetting"]["after"])
+    figure, grid = _new(2)
+    figure.set_figheight(1 + 0.24 * len(known))
+    for axes in grid[0][1:]:
+        axes.remove()
+    axes = figure.axes[0]
+    axes.set_subplotspec(axes.get_gridspec()[:])
+    _plain(axes, "loss on the base's own domain", "")
+    for row, one in enumerate(known):
+        before, after = one["forgetting"]["before"], one["forgetting"]["after"]
+        colour = given[one["name"]]["hex"]
+        axes.plot([before, after], [row, row], color=colour, linewidth=2)
+        axes.plot(before, row, "o", color="white", markeredgecolor="0.4", markersize=5)
+        axes.plot(after, row, "o", color=colour, markersize=6)
+    axes.set_yticks(range(len(known)), [one["name"] for one in known])
+    return figure
+
+
+def _along(summary: Summary, axis: str) -> list[list[Summary]]:
+    """Cells that differ in one axis only and have one figure, in the axis's order."""
+    groups: dict[tuple[Any, ...], list[Summary]] = {}
+    for cell in summary["cells"]:
+        rest = tuple(value for other, value in cell["place"].items() if other != axis)
+        groups.setdefault((rest, cell["metric"]), []).append(cell)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _line(axis: str, cells: list[Summary], given: dict[str, dict[str, str]]) -> Any:
+    figure, grid = _new(2)
+    axes, legend = grid[0]
+    _plain(axes, axis, cells[0]["metric"])
+    values = [cell["place"][axis] for cell in cells]
+    numbers = [float(value) for value in values if re.fullmatch(r"[0-9.]+(e[+-]?\d+)?", value) and float(value) > 0]
+    across = numbers if len(numbers) == len(values) else list(range(len(values)))
+    for name, look in given.items():
+        points = [
+            (x, one)
+            for x, cell in zip(across, cells, strict=True)
+            for one in cell["methods"]
+            if one["name"] == name and one["mean"] is not None
+        ]
+        if points:
+            error = [
+                [one["mean"] - one["low"] for _, one in points],
+                [one["high"] - one["mean"] for _, one in points],
+            ]
+            axes.errorbar(
+                [x for x, _ in points], [one["mean"] for _, one in points], yerr=error, color=look["hex"],
+                marker=MARKERS[look["symbol"]], linestyle=LINES[look["dash"]], markersize=4, linewidth=1.2, label=name,
+            )  # fmt: skip
+    if across is numbers:
+        axes.set_xscale("log")
+    axes.set_xticks(across, values, minor=False)
+    axes.minorticks_off()
+    rest = ", ".join(f"{other} {value}" for other, value in cells[0]["place"].items() if other != axis)
+    if rest:
+        axes.set_title(rest, fontsize=9)
+    legend.axis("off")
+    legend.legend(*axes.get_legend_handles_labels(), loc="center left", fontsize=8, frameon=False)
+    return figure
