@@ -87,7 +87,8 @@ class SoftPrompt(Wrapper):
 
     def _text_rows(self, result: Any, number: int) -> Any:
         def cut(y: Tensor) -> Tensor:
-            text = y[:, number:]
+            # Contiguous, or the head's product would copy its weight for every row of the batch.
+            text = y[:, number:].contiguous()
             return torch.cat((y[:, :1], text[:, 1:]), 1) if self.first else text
 
         if isinstance(result, Tensor):
