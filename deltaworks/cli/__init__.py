@@ -13,7 +13,10 @@ import typer
 # What the overview says of each command; a command's own module, and torch with it, is imported only when it is run.
 COMMANDS = {
     "tune": "One run: base, data and method in, adapter, metrics and report out.",
+    "compare": "Several methods on the same work, with repeats, intervals and pictures.",
+    "recommend": "Which method to take: a short list from a finished study.",
     "methods": "The catalogue; with --base, what each method would cost there.",
+    "plan": "Memory, sizes and time of a run, predicted before a weight is loaded.",
     "inspect": "What a base is made of, or what an adapter holds.",
     "merge": "Base and adapter as one ordinary model.",
     "export": "An adapter in the format of HF PEFT or vLLM.",

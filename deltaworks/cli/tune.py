@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import sys
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +37,7 @@ def command(**given: Any) -> None:
     options = {name: value for name, value in given.items() if value not in (None, [], ())}
     for name in ("settings", "columns"):
         if name in options:
-            options[name] = _pairs(options[name], LISTS[name][0])
+            options[name] = pairs(options[name], LISTS[name][0])
     written = Path(given["output"]) / "recipe.yaml" if given.get("output") else None
     if path is None and resume and written is not None and written.is_file():
         path = written
@@ -43,25 +45,39 @@ def command(**given: Any) -> None:
         options["steps"] = DEMONSTRATION
     recipe = Recipe.read(path, **options) if path is not None else Recipe.of(options)
     if as_json:
-        result = tune(recipe, resume=resume)
+        result = tune(recipe, resume=resume, progress=_warn(recipe))
         print(json.dumps({"output": str(result.output), **result.metrics}, default=str))
         return
     from .progress import Progress
 
     with Progress(recipe.complete()) as progress:
-        result = tune(recipe, resume=resume, progress=progress.hear)
+        result = tune(recipe, resume=resume, progress=_warn(recipe, progress.hear))
     progress.close(result)
 
 
-def _pairs(items: list[str], option: str) -> dict[str, str]:
+def _warn(recipe: Recipe, hear: Callable[..., None] = lambda event, **figures: None) -> Callable[..., None]:
+    """Hear a run, and say in one line, before its base is loaded, when it will not fit."""
+
+    def heard(event: str, **figures: Any) -> None:
+        hear(event, **figures)
+        if event == "data":
+            from ..study.plan import warning
+
+            if said := warning(recipe, figures["prepared"]):
+                print(f"deltaworks: {said}", file=sys.stderr)
+
+    return heard
+
+
+def pairs(items: list[str], option: str) -> dict[str, str]:
     """`NAME=VALUE` items as a mapping."""
-    pairs = {}
+    found = {}
     for item in items:
         name, equals, value = item.partition("=")
         if not equals or not name.strip():
             raise ValueError(f"{option} {item} is not understood; write {option} NAME=VALUE")
-        pairs[name.strip()] = value.strip()
-    return pairs
+        found[name.strip()] = value.strip()
+    return found
 
 
 def _signature() -> inspect.Signature:

@@ -18,15 +18,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 aten, prims = torch.ops.aten, torch.ops.prim
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits")
 # What makes indices of no tensor at all; everything else that is made so and is floating point becomes a shape.
 COUNTING = (aten.randint, aten.arange, aten.randperm, aten.scalar_tensor)
+# Operators whose kernels make something of their input's size on the way.
+SCRATCH = {aten.logsumexp}
 # Operators that answer from a tensor's metadata.
 ASKING = {prims.device.default, aten.is_same_size.default}
 
@@ -70,6 +72,11 @@ class Ledger:
         self._held[key] = size, purpose
         weakref.finalize(storage, self._drop, key)
         self._add(purpose, size)
+
+    def pass_by(self, size: int) -> None:
+        """Count bytes that are there for an operator's time only."""
+        self._add("activations", size)
+        self._add("activations", -size)
 
     def resize(self, tensor: Tensor, size: int) -> None:
         """Let a tensor's storage count for `size` bytes, such as one that stands for a packed weight."""
@@ -163,13 +170,15 @@ class Shapes(TorchDispatchMode):
         self.ledger.hold(empty)
         return nn.Parameter(empty, requires_grad=tensor.requires_grad) if trained else empty
 
-    def make(self, shape: Iterable[int], stride: Iterable[int] | None, dtype: torch.dtype) -> Tensor:
+    def make(
+        self, shape: Iterable[int], stride: Iterable[int] | None, dtype: torch.dtype, device: torch.device | None = None
+    ) -> Tensor:
         """A tensor without values."""
         size = tuple(shape)
         bare = torch.empty_strided(size, tuple(stride), dtype=dtype, device="meta") if stride is not None else (
             torch.empty(size, dtype=dtype, device="meta")
         )  # fmt: skip
-        return FakeTensor(self.fake, bare, self.device)
+        return FakeTensor(self.fake, bare, device or self.device)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in ASKING and isinstance(args[0], FakeTensor):
@@ -195,41 +204,62 @@ class Shapes(TorchDispatchMode):
         """A call without shapes among its tensors: computed, unless it makes floating point tensors of nothing."""
         if not tensors:
             dtype = kwargs.get("dtype") or torch.get_default_dtype()
-            if dtype.is_floating_point and func._overloadpacket not in COUNTING:
-                with self.fake:
-                    return func(*args, **_drawn(kwargs))
+            if self._kind(func) == "filling" and dtype.is_floating_point:
+                place = torch.device(kwargs.get("device") or self.device)
+                bare = func(*args, **{**_drawn(kwargs), "device": "meta"})
+                return FakeTensor(self.fake, bare, place)
         return func(*args, **kwargs)
 
     def _shaped(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
-        kind = self._kinds.get(func) or self._kinds.setdefault(func, _kind(func))
+        kind = self._kind(func)
         if kind == "changing":
             self._count(func, args, kwargs, tensors, args[0])
             return args[0] if func._schema.returns else None
         if kind == "viewing":
-            return func(*args, **kwargs)
+            with in_kernel_invocation_manager(self.fake):
+                bare = func(*args, **kwargs)
+            place = next(tensor.fake_device for tensor in tensors if isinstance(tensor, FakeTensor))
+            return tree_map_only(Tensor, lambda view: FakeTensor(self.fake, view, place), bare)
         if func._overloadpacket is aten.topk:
             return self._chosen(func, args, kwargs)
+        if func._overloadpacket is aten._grouped_mm and args[0].dtype != torch.bfloat16:
+            return self._grouped(func, args, kwargs)
+        if func._overloadpacket in SCRATCH:
+            self.ledger.pass_by(args[0].numel() * args[0].element_size())
         key = _key(func, args, kwargs) if kind == "making" else None
         known = self._known.get(key) if key is not None else None
         if known is None:
             result = func(*args, **_drawn(kwargs))
             cost = self._count(func, args, kwargs, tensors, result)
-            fresh = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
-            if key is not None and isinstance(result, (Tensor, tuple)) and all(type(f) is FakeTensor for f in fresh):
-                plan = [_plan(value) for value in (result if isinstance(result, tuple) else (result,))]
-                if None not in plan:
-                    self._known[key] = isinstance(result, tuple), plan, cost
-            return result
-        several, plan, cost = known
-        if self.effort is not None:
-            self.effort.add(*cost)
+            plan = [_plan(value) for value in (result if isinstance(result, tuple) else (result,))]
+            if key is None or None in plan:
+                return result
+            known = self._known[key] = isinstance(result, tuple), plan, cost
+        elif self.effort is not None:
+            self.effort.add(*known[2])
+        several, plan, _ = known
         made = tuple(self.make(*item) for item in plan)
         return made if several else made[0]
+
+    def _kind(self, func: Any) -> str:
+        return self._kinds.get(func) or self._kinds.setdefault(func, _kind(func))
+
+    def _grouped(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A grouped product in another dtype than bfloat16, the only one that torch gives its shape for."""
+        halves = [self.make(tensor.shape, tensor.stride(), torch.bfloat16) for tensor in args[:2]]
+        like = func(*halves, *args[2:], **kwargs)
+        result = self.make(like.shape, like.stride(), args[0].dtype)
+        rows, width = args[0].shape[-2:]
+        outer = result.shape[-1] if args[0].dim() == 2 and args[1].dim() == 3 else args[1].shape[-1]
+        if self.effort is not None:
+            moved = sum(tensor.numel() * tensor.element_size() for tensor in (*args[:2], result))
+            self.effort.add(2 * rows * width * outer, moved)
+        return result
 
     def _count(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], result: Any) -> tuple[int, int]:
         outputs = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
         moved = sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, *outputs))
-        formula = flop_registry.get(func._overloadpacket) or ATTENTION.get(func._overloadpacket)
+        formula = FORMULAS.get(func._overloadpacket)
         cost = (int(formula(*args, **kwargs, out_val=result)) if formula is not None else 0, moved)
         if self.effort is not None:
             self.effort.add(*cost)
@@ -249,17 +279,23 @@ class Shapes(TorchDispatchMode):
 
 def _drawn(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments without a generator, which shapes need not."""
-    return {name: value for name, value in kwargs.items() if name != "generator"} if "generator" in kwargs else kwargs
+    return {**kwargs, "generator": None} if "generator" in kwargs else kwargs
 
 
 def _kind(func: Any) -> str:
-    """What an operator does: makes new tensors, changes its first argument, gives a view of it, or none of these."""
+    """What an operator does: fills a tensor, makes one of others, changes its first argument, views it, or neither."""
     schema = func._schema
     if torch.Tag.inplace_view in func.tags or torch.Tag.data_dependent_output in func.tags:
         return "special"
+    if any(argument.name == "device" for argument in schema.arguments) and not any(
+        str(argument.type).startswith(("Tensor", "List[Tensor")) for argument in schema.arguments
+    ):
+        return "special" if func._overloadpacket in COUNTING else "filling"
     aliases = [argument.alias_info for argument in schema.arguments]
     if schema.name.endswith("_") and aliases and aliases[0] is not None and aliases[0].is_write:
         return "changing"
+    if func is aten._unsafe_view.default:  # a view that its schema keeps quiet about
+        return "viewing"
     if any(alias is not None for alias in aliases):
         written = any(alias is not None and alias.is_write for alias in aliases)
         return "special" if written else "viewing"
@@ -291,11 +327,11 @@ def _spelled(values: Iterable[Any], parts: list[Any]) -> bool:
 
 def _plan(value: Any) -> Any:
     """How to make a tensor like this one again."""
-    if not isinstance(value, Tensor) or value.storage_offset() or value.untyped_storage().nbytes() != (
+    if not isinstance(value, FakeTensor) or value.storage_offset() or value.untyped_storage().nbytes() != (
         value.numel() * value.element_size()
     ):  # fmt: skip
         return None
-    return value.shape, value.stride(), value.dtype
+    return value.shape, value.stride(), value.dtype, value.fake_device
 
 
 def _attention(query: Any, key: Any, value: Any, *args: Any, is_causal: bool = False, out_val: Any = None, **_: Any):
@@ -306,7 +342,10 @@ def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any,
     return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
 
 
-ATTENTION = {
+FORMULAS: dict[Any, Any] = {
+    **flop_registry,
+    aten.addmm_: flop_registry[aten.addmm],
+    aten.baddbmm_: flop_registry[aten.baddbmm],
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }

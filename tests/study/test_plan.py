@@ -1,0 +1,350 @@
+"""A plan foretells what a real step on real tensors takes, to the byte where it can, without any weights."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
+
+import deltaworks as dw
+from deltaworks.core.registry import make
+from deltaworks.model.loading import TASKS, load_meta
+from deltaworks.study.memory import free, parse, shown
+from deltaworks.study.plan import USUAL, plan, warning
+from deltaworks.training.head import head_of, next_token_loss
+from deltaworks.training.recipe import Recipe
+
+SMALL = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 160}
+TEXT = {"vocab_size": 512, "pad_token_id": 0, "max_position_embeddings": 512}
+CONFIGS: dict[str, Any] = {
+    "llama": (hf.LlamaConfig(**SMALL, **TEXT, num_key_value_heads=2), "LlamaForCausalLM", "causal-lm"),
+    "gpt2": (
+        hf.GPT2Config(n_embd=64, n_head=4, n_layer=2, vocab_size=512, n_positions=512, pad_token_id=0),
+        "GPT2LMHeadModel", "causal-lm",
+    ),
+    "mixtral": (
+        hf.MixtralConfig(**SMALL, **TEXT, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+                         sliding_window=None), "MixtralForCausalLM", "causal-lm",
+    ),
+    "bert": (hf.BertConfig(**SMALL, **TEXT, num_labels=3), "BertForSequenceClassification", "sequence-classification"),
+    "t5": (
+        hf.T5Config(vocab_size=512, d_model=64, d_kv=16, d_ff=160, num_layers=2, num_heads=4, pad_token_id=0,
+                    decoder_start_token_id=0), "T5ForConditionalGeneration", "seq2seq",
+    ),
+    "vit": (
+        hf.ViTConfig(**SMALL, image_size=32, patch_size=4, num_labels=3), "ViTForImageClassification",
+        "image-classification",
+    ),
+}  # fmt: skip
+COMBINATIONS = [
+    ("llama", "lora", 8, {}),
+    ("llama", "lora", 3, {}),
+    ("llama", "lora", 8, {"checkpointing": True}),
+    ("llama", "dora", 4, {"packing": True}),
+    ("llama", "full", 8, {}),
+    ("llama", "mezo", 16, {}),
+    ("llama", "prefix_tuning", 4, {}),
+    ("llama", "adalora", 4, {}),
+    ("llama", "lst", 4, {"optimizer": "sgd"}),
+    ("llama", "fourierft", 8, {"dtype": "bfloat16"}),
+    ("gpt2", "houlsby", 4, {}),
+    ("mixtral", "lora", 4, {}),
+    ("mixtral", "ia3", 8, {}),
+    ("bert", "oft", 8, {}),
+    ("bert", "full", 16, {"checkpointing": True}),
+    ("t5", "ia3", 8, {}),
+    ("t5", "lora", 4, {"optimizer": "adafactor"}),
+    ("vit", "vera", 16, {}),
+    ("vit", "bitfit", 8, {}),
+]
+LENGTH = 96
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Callable[[str], str]:
+    """A folder with a configuration and nothing else: there are no weights to load."""
+
+    def made(name: str) -> str:
+        folder = tmp_path_factory.mktemp(name)
+        config, architecture, _ = CONFIGS[name]
+        config.architectures = [architecture]
+        config.save_pretrained(folder)
+        return str(folder)
+
+    known: dict[str, str] = {}
+    return lambda name: known.setdefault(name, known.get(name) or made(name))
+
+
+def allocations(events: Any) -> list[int]:
+    """Sizes of what the allocator gave, negative of what it got back, in the order of time."""
+    found = []
+
+    def walk(event: Any) -> None:
+        if event.tag == _EventType.Allocation:
+            found.append((event.start_time_ns, event.extra_fields.alloc_size))
+        for child in event.children:
+            walk(child)
+
+    for event in events.profiler.kineto_results.experimental_event_tree():
+        walk(event)
+    return [size for _, size in sorted(found, key=lambda pair: pair[0])]
+
+
+def watched(work: Callable[[], Any]) -> tuple[int, int, Any]:
+    """Bytes that are left of what torch's allocator gave during `work`, the most at once, and its result."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
+        result = work()
+        gc.collect()
+    now = most = 0
+    for size in allocations(events):
+        now += size
+        most = max(most, now)
+    return now, most, result
+
+
+def batch(name: str, size: int, packed: bool) -> dict[str, Any]:
+    """What a collator would give, made by hand."""
+    config, _, task = CONFIGS[name]
+    if task == "image-classification":
+        return {"pixel_values": torch.randn(size, 3, 32, 32), "labels": torch.zeros(size, dtype=torch.long)}
+    ids = torch.randint(1, config.vocab_size, (size, LENGTH))
+    labels = torch.zeros(size, dtype=torch.long) if task == "sequence-classification" else ids.clone()
+    if packed:
+        positions = torch.arange(LENGTH).remainder(LENGTH // 2).expand(size, -1).contiguous()
+        return {"input_ids": ids, "labels": labels, "position_ids": positions, "use_cache": False}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def measured(name: str, slug: str, size: int, options: dict[str, Any]) -> int:
+    """Most bytes at once of a run's second step, on real tensors, everything since the model was built counted."""
+    config, _, task = CONFIGS[name]
+    dtype = getattr(torch, options.get("dtype", "float32"))
+    kinds = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+
+    def build() -> tuple[Any, Any, Any]:
+        torch.manual_seed(0)
+        model = getattr(hf, TASKS[task]).from_config(config, dtype=dtype)
+        tuned = dw.attach(model, dw.method(slug), seed=0)
+        model.train()
+        model.config.use_cache = False
+        if options.get("checkpointing"):
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        groups = tuned.parameter_groups(1e-3)
+        if options.get("optimizer") == "adafactor":
+            from transformers.optimization import Adafactor
+
+            optimizer: Any = Adafactor(groups, scale_parameter=False, relative_step=False)
+        else:
+            optimizer = kinds[options.get("optimizer", "adamw")](groups)
+        rules = tuned.run(1000, optimizer=optimizer)
+        rules.emit("attached")
+        step(tuned, rules, optimizer)
+        return tuned, rules, optimizer
+
+    def step(tuned: Any, rules: Any, optimizer: Any) -> None:
+        model = tuned.model
+        inputs = batch(name, size, bool(options.get("packing")))
+        head = head_of(model) if task == "causal-lm" else None
+
+        def loss() -> torch.Tensor:
+            return next_token_loss(model, head, inputs) if head is not None else model(**inputs).loss
+
+        rules.emit("step_begin")
+        if rules.owner is not None:
+            with torch.no_grad():
+                rules.owner.own_step(rules.run, loss, 1e-3)
+        else:
+            value = loss()
+            penalty = rules.penalty()
+            (value if penalty is None else value + penalty).backward()
+            del value, penalty
+            rules.emit("gradients")
+            torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
+            optimizer.step()
+        rules.emit("step_end")
+        optimizer.zero_grad(set_to_none=True)
+
+    held, _, built = watched(build)
+    _, most, _ = watched(lambda: step(*built))
+    return held + most
+
+
+@pytest.mark.parametrize(
+    ("name", "slug", "size", "options"), COMBINATIONS, ids=["-".join(map(str, c[:3])) for c in COMBINATIONS]
+)
+def test_the_peak_is_foretold_within_a_tenth(place, name, slug, size, options) -> None:
+    recipe = Recipe.of({"base": place(name), "batch_size": size, "max_length": LENGTH, "dtype": "float32"} | options)
+    made = plan(recipe, [make(slug)], search=False)
+    assert not made.reasons and made.work.task == CONFIGS[name][2]
+    foretold, real = made.forecasts[0].peak, measured(name, slug, size, options)
+    print(f"{name} {slug} {size} {options}: foretold {foretold:,}, real {real:,}, {100 * (foretold / real - 1):+.2f} %")
+    assert foretold == pytest.approx(real, rel=0.1)
+
+
+def test_the_split_is_the_peak_and_the_sizes_are_those_of_the_adapter(place) -> None:
+    recipe = Recipe.of({"base": place("llama"), "max_length": LENGTH})
+    made = plan(recipe, [make("lora", rank=4), make("full")], search=False)
+    lora, full = made.forecasts
+    for one in made.forecasts:
+        step = one.step
+        assert one.peak == step.weights + step.gradients + step.optimizer + step.activations + step.logits
+    config, _, _ = CONFIGS["llama"]
+    summary = dw.attach(hf.LlamaForCausalLM(config), dw.LoRA(rank=4)).summary()
+    assert (lora.trainable, lora.stored_bytes, lora.share) == (summary.trainable, summary.stored_bytes, summary.share)
+    # AdamW keeps two values for each one that trains, and one count for each tensor.
+    assert lora.step.optimizer == pytest.approx(8 * lora.trainable, rel=0.01)
+    assert full.trainable == made.parameters and full.step.optimizer >= 8 * full.trainable
+    # The base's own values are kept beside those that train in their place.
+    assert full.step.weights == pytest.approx(2 * 4 * made.parameters, rel=0.01)
+
+
+def test_the_largest_batch_fits_and_one_more_does_not(place) -> None:
+    for slug, room in (("lora", 30 << 20), ("full", 30 << 20), ("ia3", 9 << 20)):
+        base = {"base": place("llama"), "max_length": LENGTH}
+        made = plan(Recipe.of({**base, "batch_size": 8}), [make(slug)], memory=room)
+        largest = made.forecasts[0].largest_batch
+        assert largest and largest > 1
+        peaks = [
+            plan(Recipe.of({**base, "batch_size": size}), [make(slug)], search=False).forecasts[0].peak
+            for size in (largest, largest + 1)
+        ]
+        assert peaks[0] <= room < peaks[1], (slug, largest, peaks)
+
+
+def test_nothing_fits_where_the_weights_do_not(place) -> None:
+    made = plan(Recipe.of({"base": place("llama"), "max_length": LENGTH}), [make("lora")], memory=1 << 18)
+    assert made.forecasts[0].largest_batch == 0 and made.forecasts[0].fits is False and not made.fitting
+
+
+def test_changes_are_predicted_as_they_come_out(place) -> None:
+    options = {"base": place("llama"), "max_length": LENGTH, "batch_size": 8}
+    room = 8 << 20
+    made = plan(Recipe.of(options), [make("lora"), make("mezo")], memory=room)
+    lora = made.forecasts[0]
+    changes = {change.what: change for change in lora.changes}
+    assert not lora.fits and lora.peak > room
+    again = plan(Recipe.of(options | {"checkpointing": True}), [make("lora")], search=False).forecasts[0]
+    assert changes["--checkpointing"].peak == again.peak < lora.peak
+    shorter = plan(Recipe.of(options | {"max_length": LENGTH // 2}), [make("lora")], search=False).forecasts[0]
+    assert changes[f"--max-length {LENGTH // 2}"].peak == shorter.peak
+    smaller = next(change for change in lora.changes if change.what.startswith("--batch-size"))
+    assert smaller.fits and smaller.peak <= room
+    assert all(change.fits == (change.peak <= room) for change in lora.changes)
+    assert changes["--checkpointing"].time > lora.time
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "nf4"])
+def test_a_quantised_base_is_as_large_as_it_is_stored(kind: str, tmp_path) -> None:
+    pytest.importorskip("torchao" if kind != "nf4" else "bitsandbytes")
+    from deltaworks.model.loading import load_base
+
+    config = hf.LlamaConfig(**SMALL | {"hidden_size": 128}, **TEXT, num_key_value_heads=2)
+    hf.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    recipe = Recipe.of({"base": str(tmp_path), "batch_size": 4, "max_length": LENGTH, "quantize": kind})
+    made = plan(recipe, [make("lora"), make("full")], search=False)
+    assert "quantised" in made.reasons["full"]
+    assert made.forecasts[0].step.weights < plan(
+        Recipe.of({"base": str(tmp_path)}), [make("lora")], search=False
+    ).forecasts[0].step.weights  # fmt: skip
+    model = load_base(str(tmp_path), quantize=kind, device="cpu")
+    tuned = dw.attach(model, dw.LoRA(), seed=0)
+    held = 0
+    for tensor in (*model.parameters(), *model.buffers()):
+        value: Any = tensor.data
+        state = getattr(tensor, "quant_state", None)
+        if type(value).__module__.startswith("torchao"):
+            held += sum(getattr(value, inner).nbytes for inner in value.__tensor_flatten__()[0])
+        else:
+            held += value.nbytes + (0 if state is None else state.absmax.nbytes)
+    assert made.forecasts[0].step.weights == pytest.approx(held, rel=0.02)
+    optimizer = torch.optim.AdamW(tuned.parameters())
+    model.train()
+    model.config.use_cache = False
+
+    def step() -> None:
+        inputs = batch("llama", 4, packed=False)
+        next_token_loss(model, model.lm_head, inputs).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    _, most, _ = watched(step)
+    foretold = made.forecasts[0]
+    rest = foretold.peak - foretold.step.weights - foretold.step.optimizer
+    print(f"{kind}: foretold {rest:,}, real {most:,}, {100 * (rest / most - 1):+.2f} %")
+    assert rest == pytest.approx(most, rel=0.15)
+
+
+def test_every_usual_method_can_be_planned_and_is_told_apart_in_time(place) -> None:
+    recipe = Recipe.of({"base": place("llama"), "max_length": 256, "batch_size": 8})
+    heard: list[str] = []
+    made = plan(recipe, [make(slug) for slug in USUAL], memory=1 << 40, tell=heard.append)
+    assert not made.reasons and heard == list(USUAL)
+    times = {one.method: one.time for one in made.forecasts}
+    assert all(one.fits and one.largest_batch for one in made.forecasts)
+    # A ladder beside the base stops the backward pass before the base; training all of it makes one product more.
+    assert times["lst"] < 1 < times["lora"] < times["dora"] and times["full"] > times["lora"]
+
+
+def test_what_cannot_be_planned_is_said_and_stops_nothing(place) -> None:
+    made = plan(Recipe.of({"base": place("vit")}), [make("prefix_tuning"), make("eva"), make("lora")], search=False)
+    assert "data" in made.reasons["eva"] and [one.method for one in made.forecasts][-1] == "lora"
+    with pytest.raises(OSError, match="no such folder"):
+        plan(Recipe.of({"base": "./nowhere"}))
+    with pytest.raises(ValueError, match="no form for the task"):
+        plan(Recipe.of({"base": place("vit"), "task": "causal-lm"}))
+
+
+def test_data_say_how_long_batches_are() -> None:
+    from deltaworks.training.tune import read_data
+
+    recipe = Recipe.of({"base": "nursery:decoder", "data": "nursery:docstrings", "limit": 200, "batch_size": 4})
+    prepared = read_data(recipe)[3]
+    lengths = [len(ids) for ids in prepared.train["input_ids"]]
+    made = plan(recipe, [make("lora")], prepared=prepared, search=False)
+    assert made.work.length == made.lengths.longest == max(lengths) and made.work.padded
+    assert made.lengths.tokens == pytest.approx(4 * sum(lengths) / len(lengths), rel=0.05)
+    assert 0 < made.lengths.padding < 1 and 0 < made.lengths.supervised < 1
+    assert made.forecasts[0].peak < plan(recipe, search=False).forecasts[0].peak
+    packed = Recipe.of(recipe.as_dict() | {"packing": True, "max_length": 256})
+    rows = read_data(packed)[3]
+    assert plan(packed, prepared=rows, search=False).lengths.padding < made.lengths.padding
+
+
+def test_a_plan_of_a_large_base_needs_little_memory_itself(tmp_path) -> None:
+    config = hf.LlamaConfig(num_hidden_layers=4, vocab_size=32000, torch_dtype="bfloat16")  # 7B's widths
+    config.save_pretrained(tmp_path)
+    recipe = Recipe.of({"base": str(tmp_path), "batch_size": 4, "max_length": 1024})
+    _, most, made = watched(lambda: plan(recipe, search=False))
+    weights = sum(parameter.numel() * 2 for parameter in load_meta(tmp_path).parameters())
+    assert made.forecasts[0].step.weights > weights > 2e9
+    assert most < 64 << 20
+    # Every layer keeps its input, the attention's and the feed-forward part's operands for the backward pass.
+    kept = made.forecasts[0].step.saved / (4 * 4 * 1024)
+    assert 2 * 4096 * 2 < kept < 2 * (16 * 4096 + 4 * 11008)
+
+
+def test_a_run_is_warned_of_when_it_will_not_fit(place) -> None:
+    assert warning(Recipe.of({"base": place("llama"), "max_length": LENGTH})) is None
+    said = warning(Recipe.of({"base": place("llama"), "max_length": 512, "batch_size": 1 << 20, "method": "ia3"}))
+    assert said and "deltaworks plan" in said and "\n" not in said
+    assert warning(Recipe.of({"base": "./nowhere"})) is None
+
+
+def test_sizes_are_read_as_they_are_written() -> None:
+    assert [parse(text) for text in ("24GiB", "24GB", "1.5 MiB", "512", "2gi")] == [
+        24 << 30, 24 * 10**9, 3 << 19, 512, 2 << 30
+    ]  # fmt: skip
+    assert shown(24 << 30) == "24.0 GiB" and shown(300 << 20) == "300 MiB"
+    for wrong in ("", "-1GiB", "lots", "0", "1PB"):
+        with pytest.raises(ValueError, match="24GiB"):
+            parse(wrong)
+    available = free("cpu")
+    assert available is None or available > 1 << 20
