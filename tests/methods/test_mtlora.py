@@ -10,7 +10,7 @@ import transformers as hf
 from torch import nn
 
 import deltaworks as dw
-from deltaworks.core.operators.multitask import MultiTask, StreamBlock
+from deltaworks.core.operators.multitask import AddedTasks, MultiTask, StreamBlock
 from deltaworks.core.part import Trained
 from deltaworks.methods.lowrank.mtlora import streams
 from tests.families import FAMILIES
@@ -135,8 +135,47 @@ def test_the_formula_and_the_recipe() -> None:
     assert not any(isinstance(part, Trained) for part in made("swin", recipe=False)[2].parts())
 
 
-def test_files_keep_the_tasks(tmp_path) -> None:
-    model, batch, tuned = made()
+@pytest.mark.parametrize("family", ["vit", "swin", "bert_classification"])
+def test_in_the_mode_addition_the_shared_stream_is_the_norm_of_the_tasks_sum(family: str) -> None:
+    model, batch, tuned = made(family, mode="addition", recipe=False)
+    seen = {}
+    added = {part.site.path: part for part in tuned.parts() if isinstance(part, AddedTasks)}
+    assert added and not any(isinstance(p, MultiTask) and p.task_a is not None for p in tuned.parts())
+    handles = [
+        model.get_submodule(path).register_forward_hook(lambda m, a, y, path=path: seen.update({path: (a[0], y)}))
+        for path in added
+    ]
+    with streams(tuned, "edge") as outputs:
+        model(**batch).logits.square().sum().backward()
+        assert {task: value.shape for task, value in next(iter(outputs.values())).items()}.keys() == {"depth", "edge"}
+    for handle in handles:
+        handle.remove()
+    for path, part in added.items():
+        layer, (x, y) = model.get_submodule(path), seen[path]
+        shared, *each = x.chunk(3)
+        base = nn.functional.linear(shared, layer.weight, layer.bias)
+        tasks = [base + 4.0 * x_t @ a.T @ b.T for x_t, a, b in zip(each, part.task_a, part.task_b, strict=True)]
+        whole = base + nn.functional.layer_norm(sum(tasks), (base.shape[-1],), part.gain, part.shift)
+        assert torch.allclose(y, torch.cat([whole, *tasks]), atol=1e-4)
+        opening = path.endswith(("attention.output.dense", "o_proj", "attention.attention.o_proj"))
+        assert torch.equal(each[0], shared) == torch.equal(each[1], shared) == opening, path
+        # The task whose stream is read trains, and so does the other, through the shared stream of the next layers.
+        assert part.task_b.grad[1].abs().max() > 0
+
+
+def test_without_a_wanted_task_the_shared_stream_goes_on_in_and_out_of_the_block() -> None:
+    model, batch, tuned = made(mode="addition")
+    alone = model(**batch).logits
+    with streams(tuned):
+        assert torch.equal(model(**batch).logits, alone)
+    with dw.disable(model):
+        assert not torch.allclose(model(**batch).logits, alone)
+    assert not tuned.method.exact_at_start and dw.MTLoRA(mode="addition").exact_at_start
+
+
+@pytest.mark.parametrize("mode", ["matrix", "addition"])
+def test_files_keep_the_tasks(mode: str, tmp_path) -> None:
+    model, batch, tuned = made(mode=mode)
     with streams(tuned, "edge"):
         expected = model(**batch).logits
     dw.save(model, tmp_path / "adapter")

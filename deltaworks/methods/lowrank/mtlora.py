@@ -2,10 +2,10 @@
 
 y = W x + s_s B_s A_s x for the shared stream; in the last block of every stage, output projection and feed-forward
 layers also give each task its own y_t = W x + s_t B_t A_t x_t, the base always reading the shared x (mode `matrix`;
-with `matrixv2` y_t has the shared change in it too). Streams open at the attention's output projection, h_t =
+with `matrixv2` y_t has the shared change in it too; with `addition` there is no shared pair in that block, y = W x +
+LayerNorm(sum_t y_t), and the output changes at the start). Streams open at the attention's output projection, h_t =
 shortcut + y_t, and go through the rest of that block. Scales are direct multipliers. Norms, patch embeddings, relative
-positions and patch merging train with it (`recipe`). The official mode `addition` is not offered: it needs all streams
-at once.
+positions and patch merging train with it (`recipe`).
 `with streams(tuned) as outputs: model(**batch)` collects every stage's task features, for dense decoders;
 `with streams(tuned, task="depth"):` lets one task's stream go on to the model's own head. Backward belongs inside.
 Use it for several predictions of one input; without tasks it is a LoRA.
@@ -20,15 +20,16 @@ from torch import Tensor
 
 from ...core import fields
 from ...core.attach import unfreeze
-from ...core.init import kaiming, zeros
+from ...core.init import kaiming, ones, zeros
 from ...core.method import LINEAR, Method, Placed, label, weight_at
-from ...core.operators.multitask import MultiTask, StreamBlock, TaskStreams
+from ...core.operators.multitask import AddedTasks, MultiTask, StreamBlock, TaskStreams
 from ...core.part import Shared
 from ...core.registry import method
 from ...core.tuned import Tuned
 from ...model.anatomy import Anatomy, Site
 
 TASKED = ("attention.output", "mlp.up", "mlp.gate", "mlp.gate_up", "mlp.down")
+MODES = ("matrix", "matrixv2", "addition")
 RECIPE = ["patch", "norm", r".*relative_position_bias.*", r".*downsample\.reduction"]
 
 
@@ -54,8 +55,12 @@ class MTLoRA(Method):
     scale: float = fields.number(4.0, "s_s, factor of the shared change", above=0)
     task_scale: float = fields.number(4.0, "s_t, factor of each task's change", above=0)
     dropout: float = fields.fraction(0.05, "probability of dropping an input feature of a branch")
-    mode: str = fields.choice("matrix", ("matrix", "matrixv2"), "whether a task's output has the shared change in it")
+    mode: str = fields.choice("matrix", MODES, "what a task's output, or the shared one, is made of")
     recipe: bool = fields.flag(True, "train norms, patch embeddings, relative positions and patch merging as well")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "exact_at_start", self.mode != "addition" or not self.tasks)
 
     def shared(self, base: Anatomy) -> dict[str, Shared]:
         return {"streams": TaskStreams(list(self.tasks))}
@@ -74,9 +79,8 @@ class MTLoRA(Method):
         for block in base.blocks:
             if block.index in opening:
                 final = block.index == max(opening)
-                yield Placed(
-                    Site(block.path, "block", "block", None, block=block.index), StreamBlock(streams, final), "tasks"
-                )
+                opens = StreamBlock(streams, final, self.mode == "addition")
+                yield Placed(Site(block.path, "block", "block", None, block=block.index), opens, "tasks")
         if self.recipe:
             yield from self._recipe(base)
 
@@ -87,13 +91,16 @@ class MTLoRA(Method):
             return
         yield from unfreeze(base, [re.escape(site.path) for site in sites])
 
-    def _part(self, base: Anatomy, site: Site, streams: TaskStreams, opens: bool) -> MultiTask:
+    def _part(self, base: Anatomy, site: Site, streams: TaskStreams, opens: bool) -> MultiTask | AddedTasks:
         weight = weight_at(base.model, site)
-        a, b = kaiming(self.rank, weight.fan_in), zeros(weight.fan_out, self.rank)
         task_a, task_b = None, None
         if opens and site.role in TASKED:
             task_a = kaiming(len(streams.tasks), self.task_rank, weight.fan_in)
             task_b = zeros(len(streams.tasks), weight.fan_out, self.task_rank)
+            if self.mode == "addition":
+                gain, shift = ones(weight.fan_out), zeros(weight.fan_out)
+                return AddedTasks(task_a, task_b, gain, shift, streams, self.task_scale, self.dropout)
+        a, b = kaiming(self.rank, weight.fan_in), zeros(weight.fan_out, self.rank)
         return MultiTask(
             a,
             b,
