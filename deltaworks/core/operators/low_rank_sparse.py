@@ -88,8 +88,7 @@ class LowRankSparse(Factored):
         return add_branch(self, x, self._sparse_product(x, weight, bias), self.a, self.b)
 
     def _sparse_product(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        fan_out = self.b.shape[0]
-        return _SparseLinear.apply(x, weight, bias, self.values, self.index, self.sparse_scale, fan_out)  # type: ignore[return-value]
+        return sparse_linear(x, weight, bias, self.values, self.index, self.sparse_scale, self.b.shape[0])
 
     def look_up(self, tokens: Tensor, layer: nn.Embedding) -> Tensor:
         change = nn.functional.embedding(tokens, self.sparse().T, layer.padding_idx)
@@ -100,15 +99,63 @@ class LowRankSparse(Factored):
         return super().convolve(x, layer) + layer._conv_forward(x, kernel, None)
 
 
-def _scratch(x: Tensor, weight: Tensor | None, values: Tensor, index: Tensor, scale: float, fan_out: int) -> Tensor:
-    """The weight with S added, `out x in`, in x's dtype."""
+def packed(mask: Tensor) -> Tensor:
+    """A mask as bits, eight to a byte, row by row."""
+    flat = mask.flatten().to(torch.uint8)
+    flat = torch.cat([flat, flat.new_zeros(-len(flat) % 8)]).view(-1, 8)
+    return (flat << torch.arange(8, dtype=torch.uint8, device=flat.device)).sum(1, dtype=torch.uint8)
+
+
+def unpacked(bits: Tensor, rows: int, columns: int) -> Tensor:
+    """The mask, `rows x columns`, that `packed` made bits of."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits.unsqueeze(-1) >> places) & 1).flatten()[: rows * columns].view(rows, columns).bool()
+
+
+def sparse_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    values: Tensor,
+    index: Tensor,
+    scale: float,
+    fan_out: int,
+    kept: Tensor | None = None,
+) -> Tensor:
+    """`x (m W + scale S)^T + bias`, W and bias frozen; without W the sparse term only.
+
+    Args:
+        x: `... x in`.
+        weight: W, `out x in`.
+        bias: `out`.
+        values: the entries of S.
+        index: their places `i * in + j`.
+        scale: multiplies S.
+        fan_out: out.
+        kept: m as bits (`packed`); None for all of W.
+    """
+    return _SparseLinear.apply(x, weight, bias, values, index, scale, fan_out, kept)  # type: ignore[return-value]
+
+
+def _scratch(
+    x: Tensor,
+    weight: Tensor | None,
+    values: Tensor,
+    index: Tensor,
+    scale: float,
+    fan_out: int,
+    kept: Tensor | None,
+) -> Tensor:
+    """The kept weight with S added, `out x in`, in x's dtype."""
     below = x.new_zeros(fan_out, x.shape[-1]) if weight is None else weight.clone(memory_format=torch.contiguous_format)
+    if kept is not None:
+        below.masked_fill_(~unpacked(kept, fan_out, x.shape[-1]), 0)
     below.view(-1).index_add_(0, index, values.to(below.dtype), alpha=scale)
     return below
 
 
 class _SparseLinear(torch.autograd.Function):
-    """`x (W + scale S)^T + bias`, W and bias frozen; without W the sparse term only. Keeps x."""
+    """`sparse_linear`; keeps x, and nothing as large as the weight but the weight itself."""
 
     @staticmethod
     def forward(
@@ -120,10 +167,11 @@ class _SparseLinear(torch.autograd.Function):
         index: Tensor,
         scale: float,
         fan_out: int,
+        kept: Tensor | None,
     ) -> Tensor:
         ctx.scale, ctx.fan_out, ctx.fan_in = scale, fan_out, x.shape[-1]
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, values, index)
-        below = _scratch(x, weight, values, index, scale, fan_out)
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, values, index, kept)
+        below = _scratch(x, weight, values, index, scale, fan_out, kept)
         y = x.new_empty(*x.shape[:-1], fan_out)
         rows, flat = y.view(-1, fan_out), x.reshape(-1, x.shape[-1])
         torch.mm(flat, below.T, out=rows) if bias is None else torch.addmm(bias, flat, below.T, out=rows)
@@ -132,15 +180,15 @@ class _SparseLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, weight, values, index = ctx.saved_tensors
+        x, weight, values, index, kept = ctx.saved_tensors
         g = gradients[0].reshape(-1, ctx.fan_out)
         dx = dv = None
         if ctx.needs_input_grad[0]:
-            below = _scratch(g.new_empty(0, ctx.fan_in), weight, values, index, ctx.scale, ctx.fan_out)
+            below = _scratch(g.new_empty(0, ctx.fan_in), weight, values, index, ctx.scale, ctx.fan_out, kept)
             dx = (g @ below).view(*gradients[0].shape[:-1], ctx.fan_in)
         if ctx.needs_input_grad[3]:
             dv = sampled(g, x.reshape(-1, x.shape[-1]), index).mul_(ctx.scale).to(values.dtype)
-        return dx, None, None, dv, None, None, None
+        return dx, None, None, dv, None, None, None, None
 
 
 def sampled(g: Tensor, x: Tensor, index: Tensor) -> Tensor:
@@ -154,7 +202,5 @@ def sampled(g: Tensor, x: Tensor, index: Tensor) -> Tensor:
     rows, columns = index.long() // x.shape[1], index.long() % x.shape[1]
     outs, ins = g.T.contiguous(), x.T.contiguous()
     step = max(1, CHUNK // max(1, len(x)))
-    parts = [
-        torch.linalg.vecdot(outs[r], ins[c]) for r, c in zip(rows.split(step), columns.split(step), strict=True)
-    ]
+    parts = [torch.linalg.vecdot(outs[r], ins[c]) for r, c in zip(rows.split(step), columns.split(step), strict=True)]
     return torch.cat(parts) if parts else outs.new_empty(0)
