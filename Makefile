@@ -1,6 +1,6 @@
 # make demo   create the environment when it is missing, install, run the main job
 # make test   the same environment, then the tests
-# make bench  benchmarks; ONLY=name runs those whose name contains it
+# make bench  benchmarks; ONLY=name runs those whose name contains it, ARGS=--quick tries them
 # make lint   ruff and pyright
 
 PYTHON  ?= python3
@@ -21,7 +21,7 @@ demo: $(VENV)/.installed-base
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-bench: $(VENV)/.installed-test
+bench: $(VENV)/.installed-bench
 	$(BIN)/python -m bench $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
 lint: $(VENV)/.installed-dev

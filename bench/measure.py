@@ -3,17 +3,47 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def forked(module: str, settings: Mapping[str, Any], threads: int) -> dict[str, Any]:
+    """One measurement: `MODULE.measure(settings)` in a fresh process.
+
+    The process is a fork of one that has imported the libraries and computed nothing: as clean as a new interpreter,
+    without the ten seconds that its imports take.
+    """
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS=str(threads))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "peft", "psutil", "deltaworks", module])
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_measured, args=(theirs, module, dict(settings)))
+    process.start()
+    theirs.close()
+    try:
+        result = ours.recv()
+    except EOFError:
+        result = {"error": "the process died without a word"}
+    process.join()
+    return result
+
+
+def _measured(results: Any, module: str, settings: dict[str, Any]) -> None:
+    try:
+        results.send(importlib.import_module(module).measure(settings))
+    except Exception as error:  # a side that fails is a row of the table
+        results.send({"error": f"{type(error).__name__}: {error}".splitlines()[0]})
 
 
 def sample(module: str, settings: Mapping[str, Any], threads: int) -> dict[str, Any]:
@@ -30,7 +60,11 @@ def sample(module: str, settings: Mapping[str, Any], threads: int) -> dict[str, 
 
 
 def interleaved(
-    module: str, sides: Mapping[str, Mapping[str, Any]], repeats: int, threads: int
+    module: str,
+    sides: Mapping[str, Mapping[str, Any]],
+    repeats: int,
+    threads: int,
+    take: Callable[[str, Mapping[str, Any], int], dict[str, Any]] = sample,
 ) -> dict[str, list[dict[str, Any]]]:
     """Every side once, then every side again, ...: a drift of the machine's speed meets all of them."""
     samples: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
@@ -38,7 +72,7 @@ def interleaved(
         for name, settings in sides.items():
             if samples[name] and "error" in samples[name][0]:
                 continue
-            samples[name].append(sample(module, settings, threads))
+            samples[name].append(take(module, settings, threads))
             print(f"  {repeat + 1}/{repeats} {name}: {brief(samples[name][-1])}", file=sys.stderr, flush=True)
     return samples
 
@@ -69,13 +103,30 @@ def machine() -> dict[str, Any]:
 
     versions = {module.__name__: module.__version__ for module in (torch, transformers)}
     versions["python"] = platform.python_version()
-    for name in ("peft", "trl"):
+    for name in ("peft", "trl", "liger_kernel"):
         try:
             versions[name] = __import__(name).__version__
         except ImportError:
             continue
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else _processor()
     return {"device": device, "cores": os.cpu_count(), "versions": versions, "date": datetime.date.today().isoformat()}
+
+
+def heading(title: str, record: Mapping[str, Any]) -> list[str]:
+    """The lines that a table begins with: what was measured, on what, when and how."""
+    return [f"# {title}", "", f"{described(record)}. `{record['command']}`", ""]
+
+
+def described(record: Mapping[str, Any]) -> str:
+    """Machine, versions, date and repeats in one line."""
+    where = record["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    return f"{where['device']}, {record['threads']} threads, {record['repeats']} repeats, {where['date']}; {versions}"
+
+
+def over(value: Mapping[str, float] | None) -> str:
+    """A ratio as a table's cell: median and range, empty where there is none."""
+    return "" if value is None else f"{value['median']:.2f} ({value['min']:.2f}-{value['max']:.2f})"
 
 
 def _processor() -> str:
