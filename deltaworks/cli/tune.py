@@ -98,10 +98,10 @@ def _signature() -> inspect.Signature:
             kind: Any = list[str] | None
             option = typer.Option(flag, metavar=shown, help=text)
         else:
-            kind = _kind(hints[item.name]) | None
+            kind = kind_of(hints[item.name]) | None
             flag = "--" + item.name.replace("_", "-")
             flag = f"{flag}/--no-{flag[2:]}" if kind == (bool | None) else flag
-            option = typer.Option(flag, help=item.metadata["help"] + _shown(item.default), show_default=False)
+            option = typer.Option(flag, help=item.metadata["help"] + default_text(item.default), show_default=False)
         parameters.append(inspect.Parameter(item.name, keyword, default=None, annotation=Annotated[kind, option]))
     resume = typer.Option("--resume", help="go on with the run in --output where it was stopped")
     machine = typer.Option("--json", help="print the metrics as JSON and nothing else")
@@ -110,13 +110,14 @@ def _signature() -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
-def _kind(hint: Any) -> Any:
+def kind_of(hint: Any) -> Any:
     """The type of an option; one that can be a number or a text is typed as text."""
     kinds = [kind for kind in (typing.get_args(hint) or (hint,)) if kind is not type(None)]
     return kinds[0] if len(kinds) == 1 else str
 
 
-def _shown(default: Any) -> str:
+def default_text(default: Any) -> str:
+    """What an option's help says of its default."""
     return "" if default in (None, False) or default is dataclasses.MISSING else f" [default: {str(default).lower()}]"
 
 

@@ -2,7 +2,6 @@
 (() => {
   const study = JSON.parse(document.getElementById("numbers").textContent);
   const phone = () => window.innerWidth < 620;
-  const still = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
   const chosen = new Set(study.names);
   let current = 0;
 
@@ -27,6 +26,14 @@
   function marks(values, unit) {
     const [low, high] = [Math.min(...values), Math.max(...values)];
     const found = [];
+    if (high / low < 2.5) {
+      const base = unit === "bytes" ? 1024 ** Math.floor(Math.log(high) / Math.log(1024)) : 1;
+      const width = Math.max(high - low, 0.02 * high) / base, power = 10 ** Math.floor(Math.log10(width));
+      const step = [1, 2, 5, 10].map((part) => part * power).find((part) => width / part <= (phone() ? 3 : 5));
+      for (let value = Math.floor(low / base / step) * step; value * base <= high * 1.01; value += step)
+        found.push(value * base);
+      return found.filter((value) => value >= low * 0.98);
+    }
     if (unit === "bytes") {
       for (let power = Math.floor(Math.log2(low)); power <= Math.ceil(Math.log2(high)); power++) found.push(2 ** power);
     } else {
@@ -41,7 +48,7 @@
 
   function layout(across, up, more) {
     const ink = colour("--ink"), line = colour("--line");
-    const axis = { gridcolor: line, linecolor: line, zeroline: false, automargin: true, tickfont: { size: 12 } };
+    const axis = { gridcolor: line, linecolor: line, zeroline: false, automargin: true, tickfont: { size: 12 }, tickangle: 0 };
     return Object.assign({
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, dragmode: false,
       font: { family: "system-ui, sans-serif", size: 13, color: ink }, margin: { l: 8, r: 14, t: 10, b: 8 },
@@ -59,9 +66,9 @@
   }
 
   // Lines for what trains nothing, and so has no place on an axis of costs.
-  function still_lines(cell, arrangement) {
+  function untrained(cell, arrangement, counted) {
     arrangement.shapes = []; arrangement.annotations = arrangement.annotations || [];
-    for (const one of shown(cell).filter((method) => method.kind !== "tune")) {
+    for (const one of shown(cell).filter((method) => method.kind !== "tune" && !counted(method))) {
       arrangement.shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: one.mean, y1: one.mean,
         line: { color: colour("--soft"), width: 1.2, dash: "dot" } });
       arrangement.annotations.push({ xref: "paper", x: 1, xanchor: "right", y: one.mean, yanchor: "bottom",
@@ -70,7 +77,8 @@
   }
 
   function pareto(cell, cost) {
-    const methods = shown(cell).filter((one) => one.kind === "tune" && one[cost] > 0);
+    const counted = (one) => one[cost] > 0 && (one.kind === "tune" || study.always.includes(cost));
+    const methods = shown(cell).filter(counted);
     const unit = study.units[cost] || "";
     const arrangement = layout(study.costs[cost], cell.metric);
     const traces = [];
@@ -98,7 +106,7 @@
         showarrow: false, yshift: cell.lower ? -15 : 15, font: { size: 11.5 },
         xanchor: index === 0 ? "left" : index === front.length - 1 && front.length > 1 ? "right" : "center" }));
     }
-    still_lines(cell, arrangement);
+    untrained(cell, arrangement, counted);
     draw(`cost-${cost}`, traces, arrangement);
   }
 
@@ -220,7 +228,6 @@
     show();
   }));
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", show);
-  document.documentElement.dataset.moves = still ? "no" : "yes";
   show();
   document.documentElement.dataset.drawn = "yes";
 })();

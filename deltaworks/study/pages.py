@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .compare import Comparison, write
-from .summary import COSTS, UNITS, Summary, cost_text, direction, interval, sentences, short, summarise
+from .summary import ALWAYS, COSTS, UNITS, Summary, cost_text, direction, interval, sentences, short, summarise
+from .trial import BASE, CONTEXT
 
 COLOURS = ("#2563eb", "#d9480f", "#0f8a5f", "#9333ea", "#c2255c", "#0c8599", "#9a6b00", "#5c677d", "#e64980", "#4c6ef5")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "pentagon", "star")
@@ -58,14 +59,17 @@ def names_of(summary: Summary) -> list[str]:
 
 def looks(names: list[str]) -> dict[str, dict[str, str]]:
     """A colour, a symbol and a dash for each method, so that none is told by its colour alone."""
-    return {
+    trained = [name for name in names if name not in (BASE, CONTEXT)]
+    given = {
         name: {
             "hex": COLOURS[index % len(COLOURS)],
             "symbol": SYMBOLS[(index + index // len(COLOURS)) % len(SYMBOLS)],
             "dash": DASHES[(index // len(COLOURS)) % len(DASHES)],
         }
-        for index, name in enumerate(names)
+        for index, name in enumerate(trained)
     }
+    grey = {"hex": "#7a8594", "dash": "dot"}
+    return {name: given.get(name) or grey | {"symbol": "circle" if name == BASE else "square"} for name in names}
 
 
 def page(summary: Summary, study: str) -> str:
@@ -80,6 +84,7 @@ def page(summary: Summary, study: str) -> str:
         "looks": looks(names),
         "costs": COSTS,
         "units": UNITS,
+        "always": ALWAYS,
         "axes": summary["axes"],
         "cells": [cell | {"texts": _texts(cell)} for cell in cells],
     }
@@ -197,7 +202,7 @@ def _table(cell: Summary, index: int) -> str:
         "did better than another. The heads of the columns sort."
     )
     table = (
-        f'<table class="sortable"><caption>{_safe(caption)}</caption>'
+        f'<table class="sortable"><caption><span>{_safe(caption)}</span></caption>'
         f"<thead><tr>{cells}</tr></thead><tbody>{rows}</tbody></table>"
     )
     return _framed(f"Table of results {cell['name']}", table, _of(index))
@@ -211,7 +216,8 @@ def _framed(label: str, table: str, more: str = "") -> str:
 def _plain(caption: str, heads: list[str], rows: str) -> str:
     """A table with a caption and column heads."""
     columns = "".join(f'<th scope="col">{_safe(head)}</th>' for head in heads)
-    return f"<table><caption>{_safe(caption)}</caption><thead><tr>{columns}</tr></thead><tbody>{rows}</tbody></table>"
+    head = f"<caption><span>{_safe(caption)}</span></caption><thead><tr>{columns}</tr></thead>"
+    return f"<table>{head}<tbody>{rows}</tbody></table>"
 
 
 def _row(one: Summary, cell: Summary, low: float, high: float) -> str:
@@ -236,7 +242,7 @@ def _row(one: Summary, cell: Summary, low: float, high: float) -> str:
         "runs": f"{one['runs']}" + (f", {one['failed']} failed" if one["failed"] else ""),
     }
     if one["share"] and trained:
-        told["trainable"] += f" <small>{100 * one['share']:.2g} %</small>"
+        told["trainable"] += f" <small>{100 * one['share']:.3g} %</small>"
     others = "".join(
         f'<td data-value="{"" if one[name] is None else repr(one[name])}">{told[name]}</td>' for name in COLUMNS
     )

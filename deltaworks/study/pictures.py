@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .summary import COSTS, UNITS, Summary, short
+from .summary import ALWAYS, COSTS, UNITS, Summary, short
 
 MARKERS = {
     "circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "x": "X", "pentagon": "p", "star": "*",
@@ -65,14 +65,15 @@ def _plain(axes: Any, across: str, up: str) -> None:
 
 
 def _costs(cell: Summary, given: dict[str, dict[str, str]]) -> Any:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    figure, grid = _new(3, 2)
-    trained = [one for one in cell["methods"] if one["kind"] == "tune" and one["mean"] is not None]
+    figure, grid = _new(4, 2)
+    finished = [one for one in cell["methods"] if one["mean"] is not None]
+    trained = [one for one in finished if one["kind"] == "tune"]
     places = list(grid.flat)
     for axes, (cost, name) in zip(places, COSTS.items(), strict=False):
         _plain(axes, name, cell["metric"])
-        known = [one for one in trained if one[cost]]
+        known = [one for one in (finished if cost in ALWAYS else trained) if one[cost]]
         front = [next(one for one in known if one["name"] == wanted) for wanted in cell["fronts"][cost]]
         axes.step([one[cost] for one in front], [one["mean"] for one in front], where="post", color="0.6", linewidth=1)
         for one in known:
@@ -82,19 +83,22 @@ def _costs(cell: Summary, given: dict[str, dict[str, str]]) -> Any:
                 one[cost], one["mean"], yerr=error, fmt=MARKERS[look["symbol"]], color=look["hex"], markersize=5,
                 linewidth=1, label=one["name"],
             )  # fmt: skip
-        for one in cell["methods"]:
-            if one["kind"] != "tune" and one["mean"] is not None:
+        for one in finished:
+            if one not in known and one["kind"] != "tune":
                 axes.axhline(one["mean"], color="0.5", linestyle=":", linewidth=1)
                 axes.text(
                     1, one["mean"], one["name"], transform=axes.get_yaxis_transform(), ha="right", va="bottom",
                     fontsize=7, color="0.4",
                 )  # fmt: skip
         if known:
+            values = [one[cost] for one in known]
             axes.set_xscale("log")
-            axes.xaxis.set_major_locator(MaxNLocator(4))
+            # Decades where there are some, round numbers between the least and the greatest where there are none.
+            axes.xaxis.set_major_locator(LogLocator(numticks=5) if max(values) > 20 * min(values) else MaxNLocator(4))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _, cost=cost: short(value, UNITS.get(cost, ""))))
             axes.xaxis.set_minor_formatter(NullFormatter())
-    places[-1].axis("off")
+    for axes in places[len(COSTS) :]:
+        axes.axis("off")
     handles, labels = places[0].get_legend_handles_labels()
     places[-1].legend(handles, labels, loc="center", ncols=2 if len(labels) > 8 else 1, fontsize=8, frameon=False)
     return figure

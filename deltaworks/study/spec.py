@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ import yaml
 from ..core import fields
 from ..core.registry import find, methods
 from ..training.recipe import Recipe
+from . import memory
 from .trial import BASE, CONTEXT
 from .work import library
 
@@ -165,7 +167,7 @@ class Study:
         kind, equals, text = self.budget.partition("=")
         if kind not in BUDGETS or not equals:
             raise ValueError(f"budget {self.budget!r} is not understood; write {'=N, '.join(BUDGETS)}=N")
-        return kind, amount(text, "seconds" if kind == "time" else "bytes" if kind != "params" else "")
+        return kind, amount(text, {"time": "seconds", "params": "count"}.get(kind, "bytes"))
 
     def entries(self) -> list[Entry]:
         """What is compared, full fine-tuning among it when it is a baseline.
@@ -332,25 +334,24 @@ def _axis(name: str, values: Any) -> list[tuple[str, str, dict[str, Any]]]:
 
 
 _UNITS = {
-    "bytes": {"": 1, "B": 1, "K": 1e3, "KB": 1e3, "M": 1e6, "MB": 1e6, "G": 1e9, "GB": 1e9,
-              "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40},
-    "seconds": {"": 1, "s": 1, "ms": 1e-3, "min": 60, "h": 3600},
-    "": {"": 1, "K": 1e3, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9},
+    "seconds": {"": 1.0, "s": 1.0, "ms": 1e-3, "min": 60.0, "h": 3600.0},
+    "count": {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9},
 }  # fmt: skip
 
 
-def amount(text: str, unit: str = "") -> float:
-    """A number as people write it: `8GiB` ("bytes"), `90s` or `2min` ("seconds"), `1e5` or `100k` ("").
+def amount(text: str, unit: str = "count") -> float:
+    """A number as people write it: `8GiB` ("bytes"), `90s` or `2min` ("seconds"), `1e5` or `100k` ("count").
 
     Raises:
         ValueError: for anything else.
     """
-    text = text.strip()
-    digits = text.rstrip("".join(sorted({letter for name in _UNITS[unit] for letter in name})))
-    suffix = text[len(digits) :].strip()
+    if unit == "bytes":
+        return float(memory.parse(text))
+    found = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     try:
-        number = float(digits) * _UNITS[unit][suffix]
-    except (ValueError, KeyError):
+        assert found is not None
+        number = float(found[1]) * _UNITS[unit][found[2]]
+    except (AssertionError, ValueError, KeyError):
         units = ", ".join(name for name in _UNITS[unit] if name)
         raise ValueError(f"{text!r} is not an amount; write a number, or one with {units}") from None
     if number <= 0:

@@ -18,8 +18,11 @@ COSTS = {
     "peak_memory_bytes": "peak memory",
     "step_seconds": "step time",
     "step_flops": "FLOPs of a step",
+    "example_flops": "FLOPs of reading",
 }
 """What a method costs: column and what a person calls it."""
+ALWAYS = ("example_flops",)
+"""Costs that what trains nothing has, too: a forward pass for one held-out example, its prompt included."""
 SMOOTHED = 25
 """Points of a learning curve, each the mean of the steps it stands for."""
 
@@ -74,7 +77,8 @@ def _cell(found: Comparison, cell: str) -> Summary:
 
 
 def _front(methods: Iterable[Summary], cost: str, lower: bool) -> list[str]:
-    points = {one["name"]: (one[cost], one["mean"]) for one in methods if one["kind"] == "tune" and one[cost]}
+    counted = (one for one in methods if one[cost] and (one["kind"] == "tune" or cost in ALWAYS))
+    points = {one["name"]: (one[cost], one["mean"]) for one in counted}
     return pareto(points, lower)
 
 
@@ -104,7 +108,6 @@ def _method(found: Comparison, cell: str, name: str, pairs: dict[str, dict[str, 
         "needs_data": first["needs_data"],
         **{cost: _mean(row[cost] for row in done) for cost in COSTS},
         "train_flops": _mean(row["train_flops"] for row in done),
-        "example_flops": _mean(row["example_flops"] for row in done),
         "share": _mean(
             row["trainable"] / row["total"] for row in done if row["total"] and row["trainable"] is not None
         ),
