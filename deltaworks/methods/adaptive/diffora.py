@@ -136,7 +136,7 @@ class Selection(Rule):
         generator, parts = torch.Generator().manual_seed(run.seed), dict(gated(run.tuned))
         kinds = {name: kind(part) for name, part in parts.items() if name not in (self.chosen or [])}
         bank = self._bank(kinds, parts, generator)
-        settings = {"scale": self.method.alpha / self.method.rank, "dropout": self.method.dropout}
+        settings: dict[str, Any] = {"scale": self.method.alpha / self.method.rank, "dropout": self.method.dropout}
         for name, part in parts.items():
             lead = part.a.shape[:-2]
             if name in kinds and bank is None:
@@ -144,8 +144,8 @@ class Selection(Rule):
                 continue
             made: list[Any] = []
             for _ in range(lead.numel()):
-                if name in kinds:
-                    made.append(LentLowRank(bank, f"a_{kinds[name]}", f"b_{kinds[name]}", **settings))  # type: ignore[arg-type]
+                if name in kinds and bank is not None:
+                    made.append(LentLowRank(bank, f"a_{kinds[name]}", f"b_{kinds[name]}", **settings))
                 else:
                     a = drawn(part.a.shape[-2:], generator).to(part.a)
                     made.append(LowRank(a, part.b.new_zeros(part.b.shape[-2:]), **settings))

@@ -178,8 +178,9 @@ class Growth(Rule):
     def finished(self, run: Run) -> None:
         self._dismiss(run)
         for name, part in list(growing(run.tuned)):
-            stack = PerExpert([one.final() for one in part.each()]) if isinstance(part, PerExpert) else None
-            run.tuned.exchange(name, stack or part.final())
+            each: list[Any] = part.each() if isinstance(part, PerExpert) else [part]
+            made = [one.final() for one in each]
+            run.tuned.exchange(name, PerExpert(made) if isinstance(part, PerExpert) else made[0])
 
     def state_dict(self) -> dict[str, Any]:
         return {"smoothed": self.importance.smoothed, "births": self.newcomers.births}
