@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ...model.weights import Weight
 from ..part import Delta
-from .low_rank import branch_input, dropped, kept, plain
+from .low_rank import branch_input, dropped, kept, narrow_gradient, plain
 
 
 class Decomposed(Delta):
@@ -50,7 +51,7 @@ class Decomposed(Delta):
     def norms(self, weight: Tensor) -> Tensor:
         """c, the norms of the rows of `weight + scale B A`, without building the sum."""
         a, b = self.a, self.b
-        own = torch.linalg.vector_norm(weight, dim=-1, dtype=torch.promote_types(weight.dtype, a.dtype)).square()
+        own = _squares(weight, torch.promote_types(weight.dtype, a.dtype))
         cross = ((weight @ a.to(weight.dtype).T).to(b.dtype) * b).sum(-1)
         change = ((b @ (a @ a.T)) * b).sum(-1)
         return _nonzero((own + 2 * self.scale * cross + self.scale**2 * change).clamp_min(0).sqrt())
@@ -62,7 +63,11 @@ class Decomposed(Delta):
     def with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         if weight.dtype != x.dtype:
             return None
-        return self._turned(x, nn.functional.linear(x, weight), weight, bias)
+        if not plain(self, x):
+            return self._turned(x, nn.functional.linear(x, weight), weight, bias)
+        survive, scale = kept(self, x)
+        norms = self.norms(weight)
+        return _TurnedLinear.apply(x, weight, bias, self.a, self.b, self.magnitude, norms, scale, survive)  # type: ignore[return-value]
 
     def _turned(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The output from the base's product `y = x W^T`."""
@@ -75,9 +80,90 @@ class Decomposed(Delta):
         return turned if bias is None else turned + bias.to(y.dtype)
 
 
+# A frozen weight's norms, until it is written to.
+_SQUARES: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _squares(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`||W_i||^2` of every row."""
+    keep = type(weight) is nn.Parameter and not weight.requires_grad and not weight.is_inference()
+    state = (weight._version, weight.data_ptr(), dtype) if keep else None
+    known = _SQUARES.get(weight) if keep else None
+    if known is not None and known[0] == state:
+        return known[1]
+    squares = torch.linalg.vector_norm(weight, dim=-1, dtype=dtype).square()
+    if keep:
+        _SQUARES[weight] = state, squares
+    return squares
+
+
 def _nonzero(norms: Tensor) -> Tensor:
     # A row of zeros has no direction; it stays zero instead of becoming 0 / 0.
     return norms.clamp_min(torch.finfo(norms.dtype).tiny)
+
+
+class _TurnedLinear(torch.autograd.Function):
+    """`diag(m / c) (x W^T + scale ((kept x) A^T) B^T) + bias`; keeps the bracket (for m), x (for A), x A^T (for B)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        magnitude: Tensor,
+        norms: Tensor,
+        scale: float,
+        survive: Tensor | None,
+    ) -> Tensor:
+        z = branch_input(x, survive) @ a.to(x.dtype).T
+        direction = torch.mm(x.reshape(-1, x.shape[-1]), weight.T).addmm_(z, b.to(x.dtype).T, alpha=scale)
+        # Not a view: models add residuals to a layer's output in place.
+        out = x.new_empty(*x.shape[:-1], weight.shape[0])
+        torch.mul(direction, (magnitude / norms).to(x.dtype), out=out.view(direction.shape))
+        ctx.scale = scale
+        ctx.save_for_backward(x, survive, z, direction, weight, a, b, magnitude, norms)
+        return out if bias is None else out.add_(bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, survive, z, direction, weight, a, b, magnitude, norms = ctx.saved_tensors
+        g, dm, gz, da, db = _turned_gradients(ctx, gradients[0], x, survive, z, direction, a, b, magnitude, norms)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = g @ weight
+            if survive is None:
+                dx.addmm_(gz, a.to(g.dtype), alpha=ctx.scale)
+            else:
+                dx.addcmul_(gz @ a.to(g.dtype), survive.view_as(dx).to(g.dtype), value=ctx.scale)
+            dx = dx.view(x.shape)
+        dbias = gradients[0].flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return dx, None, dbias, da, db, dm, None, None, None
+
+
+def _turned_gradients(
+    ctx: Any,
+    gradient: Tensor,
+    x: Tensor,
+    survive: Tensor | None,
+    z: Tensor,
+    direction: Tensor,
+    a: Tensor,
+    b: Tensor,
+    magnitude: Tensor,
+    norms: Tensor,
+) -> tuple[Tensor, ...]:
+    """The gradient of the bracket, dm, the same times B (without the scale), dA and dB."""
+    g = gradient.reshape(-1, gradient.shape[-1])
+    dm = ((g * direction).sum(0).to(norms.dtype) / norms).to(magnitude.dtype)
+    g = g * (magnitude / norms).to(g.dtype)
+    gz = g @ b.to(g.dtype)
+    da = narrow_gradient(gz, branch_input(x, survive), ctx.scale, a.dtype)
+    db = narrow_gradient(z, g, ctx.scale, b.dtype).T
+    return g, dm, gz, da, db
 
 
 class _Turn(torch.autograd.Function):
@@ -111,15 +197,10 @@ class _Turn(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, survive, z, direction, a, b, magnitude, norms = ctx.saved_tensors
-        g = gradients[0].reshape(-1, gradients[0].shape[-1])
-        dm = ((g * direction).sum(0).to(norms.dtype) / norms).to(magnitude.dtype)
-        g = g * (magnitude / norms).to(g.dtype)
-        gb = (g @ b.to(g.dtype)).mul_(ctx.scale)
-        da = (gb.T @ branch_input(x, survive)).to(a.dtype)
-        db = (g.T @ z).mul_(ctx.scale).to(b.dtype)
+        g, dm, gz, da, db = _turned_gradients(ctx, gradients[0], x, survive, z, direction, a, b, magnitude, norms)
         dx = None
         if ctx.needs_input_grad[1]:
-            dx = (gb @ a.to(g.dtype)).view(x.shape)
+            dx = (gz @ a.to(g.dtype)).mul_(ctx.scale).view(x.shape)
             dx = dx if survive is None else dx.mul_(survive)
         dbias = gradients[0].flatten(0, -2).sum(0) if ctx.needs_input_grad[6] else None
         return g.view(gradients[0].shape), dx, da, db, dm, None, dbias, None, None

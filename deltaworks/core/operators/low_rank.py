@@ -226,9 +226,9 @@ def _branch_gradients(
     gb = g @ b.to(g.dtype) if need_x or need_a else None
     da = db = None
     if need_a and gb is not None and x is not None:
-        da = _gradient(gb, branch_input(x, survive), ctx.scale, a.dtype)
+        da = narrow_gradient(gb, branch_input(x, survive), ctx.scale, a.dtype)
     if need_b and z is not None:
-        db = _gradient(z, g, ctx.scale, b.dtype).T
+        db = narrow_gradient(z, g, ctx.scale, b.dtype).T
     return gb, da, db
 
 
@@ -311,7 +311,7 @@ class _Lowered(torch.autograd.Function):
         )
         das = [None] * len(factors)
         if x is not None:
-            das = _gradient(gz, x.reshape(-1, x.shape[-1]), ctx.scale, factors[0].dtype).split(sizes)
+            das = narrow_gradient(gz, x.reshape(-1, x.shape[-1]), ctx.scale, factors[0].dtype).split(sizes)
         if ctx.needs_input_grad[0]:
             a = torch.cat([factor.to(gz.dtype) for factor in factors])
             if dx is None:
@@ -339,10 +339,10 @@ class _Lifted(torch.autograd.Function):
         g = gradients[0].reshape(-1, gradients[0].shape[-1])
         dx = (g @ weight).view(*gradients[0].shape[:-1], weight.shape[-1]) if ctx.needs_input_grad[0] else None
         gz = g @ b.to(g.dtype) if ctx.needs_input_grad[1] else None
-        return dx, gz, None, None, None if z is None else _gradient(z, g, ctx.scale, b.dtype).T, None
+        return dx, gz, None, None, None if z is None else narrow_gradient(z, g, ctx.scale, b.dtype).T, None
 
 
-def _gradient(narrow: Tensor, wide: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+def narrow_gradient(narrow: Tensor, wide: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """`scale narrow^T wide`, `rank x width`: this way round the wide operand is read in order."""
     product = (narrow.T @ wide).to(dtype)
     return product if scale == 1.0 else product.mul_(scale)
