@@ -119,6 +119,19 @@ def of_kind(parts: Iterable[tuple[str, Part]], *kinds: type[Part]) -> Iterator[t
             yield name, part
 
 
+def tensors_of(
+    parts: Iterable[tuple[str, Part]], kind: type[Part], *keys: str
+) -> Iterator[tuple[str, tuple[nn.Parameter, ...]]]:
+    """Some parameters of each named part of a kind, with the part's name; stacks hold theirs along a leading axis."""
+    for name, part in of_kind(parts, kind):
+        yield name, tuple(part.get_parameter(key) for key in keys)
+
+
+def setting(part: Part, key: str, default: Any = None) -> Any:
+    """A plain constructor argument of a part, or of each in a stack."""
+    return part.inner.get(key, default) if isinstance(part, PerExpert) else getattr(part, key, default)
+
+
 class _Dense(nn.Module):
     def __init__(self, delta: Delta) -> None:
         super().__init__()

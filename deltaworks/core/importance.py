@@ -1,4 +1,4 @@
-"""How much whole changes of weights matter to the loss: `sum |dW * dL/d(dW)|`, smoothed over steps."""
+"""What matters to the loss, smoothed over steps: entries of tensors, and whole changes of weights."""
 
 from __future__ import annotations
 
@@ -6,9 +6,38 @@ import math
 from collections.abc import Mapping
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from .part import Delta
+
+
+class Sensitivity:
+    """Running mean of what a tensor's entries score, and of how far each step's scores are from it.
+
+    Args:
+        beta1: smoothing of the score.
+        beta2: smoothing of its deviation.
+
+    Attributes:
+        smoothed: by name, both, of the tensor's shape.
+    """
+
+    def __init__(self, beta1: float, beta2: float) -> None:
+        self.beta1, self.beta2 = beta1, beta2
+        self.smoothed: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def observe(self, name: str, score: Tensor) -> None:
+        """Take in one step's scores."""
+        mean, spread = self.smoothed.get(name, (torch.zeros_like(score), torch.zeros_like(score)))
+        mean = mean.to(score) * self.beta1 + (1 - self.beta1) * score
+        spread = spread.to(score) * self.beta2 + (1 - self.beta2) * (score - mean).abs()
+        self.smoothed[name] = mean, spread
+
+    def importance(self, name: str) -> Tensor | None:
+        """Smoothed score times its smoothed deviation, entry by entry; None for what was never observed."""
+        found = self.smoothed.get(name)
+        return None if found is None else found[0] * found[1]
 
 
 class Importance:

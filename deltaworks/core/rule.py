@@ -43,6 +43,19 @@ class Run:
         """A time in steps, from a share of the run (below 1) or from steps."""
         return int(time * self.total_steps) if time < 1 else int(time)
 
+    def settings(self) -> dict[int, dict[str, Any]]:
+        """The optimizer's settings (`lr`, `betas`, ...) by a parameter's id, for rules that make its step themselves.
+
+        Raises:
+            ValueError: when the run has no optimizer.
+        """
+        if self.optimizer is None:
+            raise ValueError(
+                f"{self.tuned.method.slug} takes its learning rate from the optimizer; give it to "
+                "run(..., optimizer=...)"
+            )
+        return {id(parameter): group for group in self.optimizer.param_groups for parameter in group["params"]}
+
     @property
     def sampled(self) -> bool:
         """Whether this step is one of about a hundred, the last included, whose figures are worth keeping."""

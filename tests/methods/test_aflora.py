@@ -96,7 +96,7 @@ def test_the_score_is_of_the_gradients_size_and_a_short_run_is_refused() -> None
     model(x).square().sum().backward()
     rules.emit("gradients")
     name, matrix = next(matrices(tuned))
-    mean, spread = rules.rules[0].smoothed[name]
+    mean, spread = rules.rules[0].sensitivity.smoothed[name]
     assert torch.allclose(mean, 0.15 * matrix.grad.abs())
     assert torch.allclose(spread, 0.05 * 0.85 * matrix.grad.abs())
     with pytest.raises(ValueError, match="below the run's 14"):

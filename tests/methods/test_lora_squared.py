@@ -38,10 +38,10 @@ def test_only_the_inner_factors_are_scored_and_the_budget_is_met() -> None:
     model, x, tuned, rule = start()
     last = None
     for step in steps(model, x, tuned, STEPS):
-        assert {name.rsplit(".", 1)[1] for name in rule.smoothed} == {"p", "l", "q"}
+        assert {name.rsplit(".", 1)[1] for name in rule.sensitivity.smoothed} == {"p", "l", "q"}
         if step == STEPS:
             last = model(x).detach()
-    assert sum(mean.numel() for mean, _ in rule.smoothed.values()) == 2 * (2 * 3 * 4 + 3)
+    assert sum(mean.numel() for mean, _ in rule.sensitivity.smoothed.values()) == 2 * (2 * 3 * 4 + 3)
     assert sum(len(l) for _, _, l, _ in triplets(tuned)) == 2
     assert torch.allclose(model(x), last)
     assert all(d.left_out.shape == (8, 4) for d in tuned.parts())

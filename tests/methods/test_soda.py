@@ -69,6 +69,6 @@ def test_a_value_below_zero_is_told_and_the_count_is_the_formula() -> None:
         part(tuned).shift.fill_(-100.0)
     with pytest.warns(UserWarning, match="moved below zero"):
         tuned.run(5).emit("step_end")
-    with pytest.raises(ValueError, match="take their learning rate from the run's optimizer"):
+    with pytest.raises(ValueError, match="soda takes its learning rate from the optimizer"):
         tuned.run(5).emit("gradients")
     assert model(x).isfinite().all()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...core import fields
 from ...core.experts import PerExpert, of_kind
+from ...core.importance import Sensitivity
 from ...core.init import normal, zeros
 from ...core.method import WeightMethod
 from ...core.operators.triplet import Triplet, compact, orthogonality
@@ -64,12 +65,12 @@ class Budget(Rule):
     """Scores triplets, masks those over budget, and drops them in the end.
 
     Attributes:
-        smoothed: for every tensor, by name, the smoothed sensitivity and its smoothed uncertainty.
+        sensitivity: of the entries of every tensor, smoothed, and its uncertainty.
     """
 
     def __init__(self, method: AdaLoRA) -> None:
         self.method = method
-        self.smoothed: dict[str, tuple[Tensor, Tensor]] = {}
+        self.sensitivity = Sensitivity(method.beta1, method.beta2)
         self.masked: dict[str, Tensor] | None = None  # the final choice, once it is made
 
     def phases(self, run: Run) -> tuple[int, int]:
@@ -119,23 +120,17 @@ class Budget(Rule):
             run.record("ranks", {name: int((l != 0).sum()) for name, _, l, _ in triplets(run.tuned)})
 
     def _observe(self, tuned: Tuned) -> None:
-        b1, b2 = self.method.beta1, self.method.beta2
         for name, *tensors in triplets(tuned):
             for key, w in zip("plq", tensors, strict=True):
-                if w.grad is None:
-                    continue
-                sensitivity = (w * w.grad).abs()
-                mean, spread = self.smoothed.get(f"{name}.{key}", (torch.zeros_like(w), torch.zeros_like(w)))
-                mean = mean.to(w.device) * b1 + (1 - b1) * sensitivity
-                spread = spread.to(w.device) * b2 + (1 - b2) * (sensitivity - mean).abs()
-                self.smoothed[f"{name}.{key}"] = mean, spread
+                if w.grad is not None:
+                    self.sensitivity.observe(f"{name}.{key}", (w * w.grad).abs())
 
     def scores(self, tuned: Tuned) -> dict[str, Tensor]:
         """Importance of every triplet, by part: that of l plus the means of those of its p and q."""
 
         def score(name: str, w: Tensor) -> Tensor:
-            mean, spread = self.smoothed.get(name, (torch.zeros_like(w), torch.zeros_like(w)))
-            return (mean * spread).to(w.device)
+            found = self.sensitivity.importance(name)
+            return torch.zeros_like(w) if found is None else found.to(w.device)
 
         return {
             name: score(f"{name}.l", l) + score(f"{name}.p", p).mean(-2) + score(f"{name}.q", q).mean(-1)
@@ -161,10 +156,10 @@ class Budget(Rule):
                 compact(p, l, q, run.optimizer)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"smoothed": self.smoothed}
+        return {"smoothed": self.sensitivity.smoothed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.smoothed, self.masked = dict(state["smoothed"]), None
+        self.sensitivity.smoothed, self.masked = dict(state["smoothed"]), None
 
 
 def triplets(tuned: Tuned) -> Iterator[tuple[str, nn.Parameter, nn.Parameter, nn.Parameter]]:

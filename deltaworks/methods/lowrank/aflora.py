@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ...core import fields
-from ...core.experts import of_kind
+from ...core.experts import tensors_of
+from ...core.importance import Sensitivity
 from ...core.init import kaiming_relu, zeros
 from ...core.method import WeightMethod
 from ...core.moments import restart
@@ -66,7 +67,7 @@ class Freezing(Rule):
     Attributes:
         frozen: names of the factors that are frozen.
         sums: of |gradient| since the last score, by name, and how many steps they hold.
-        smoothed: size and deviation, by name.
+        sensitivity: of every factor's entries, by name.
     """
 
     def __init__(self, method: AFLoRA) -> None:
@@ -74,7 +75,7 @@ class Freezing(Rule):
         self.frozen: list[str] = []
         self.sums: dict[str, Tensor] = {}
         self.window = 0
-        self.smoothed: dict[str, tuple[Tensor, Tensor]] = {}
+        self.sensitivity = Sensitivity(method.beta1, method.beta2)
 
     def phases(self, run: Run) -> tuple[int, int]:
         """The last step before freezing, and the last step before all are frozen."""
@@ -111,7 +112,9 @@ class Freezing(Rule):
                 size = matrix.grad.abs()
                 self.sums[name] = self.sums[name].to(size).add_(size) if name in self.sums else size
         if step % self.method.interval == 0:
-            self._smooth()
+            for name, total in self.sums.items():
+                self.sensitivity.observe(name, total / self.window)
+            self.sums, self.window = {}, 0
         keep = self.keep(step, run)
         if keep == 0:
             doomed = list(live)
@@ -121,17 +124,9 @@ class Freezing(Rule):
             self._freeze(name, live[name], run)
         run.record("aflora.trained", sum(p.numel() for p in run.tuned.parameters()))
 
-    def _smooth(self) -> None:
-        b1, b2 = self.method.beta1, self.method.beta2
-        for name, total in self.sums.items():
-            size = total / self.window
-            mean, spread = self.smoothed.get(name, (torch.zeros_like(size), torch.zeros_like(size)))
-            mean = mean.to(size) * b1 + (1 - b1) * size
-            self.smoothed[name] = mean, spread.to(size) * b2 + (1 - b2) * (size - mean).abs()
-        self.sums, self.window = {}, 0
-
     def _lowest(self, live: dict[str, nn.Parameter], keep: float) -> list[str]:
-        scores = {name: mean * spread for name, (mean, spread) in self.smoothed.items() if name in live}
+        found = {name: self.sensitivity.importance(name) for name in live}
+        scores = {name: score for name, score in found.items() if score is not None}
         pool = torch.cat([score.flatten().cpu() for score in scores.values()])
         below = int(len(pool) * (1 - keep))
         if not below:
@@ -142,20 +137,21 @@ class Freezing(Rule):
     def _freeze(self, name: str, matrix: nn.Parameter, run: Run) -> None:
         matrix.requires_grad_(False)
         restart(matrix, run.optimizer)
-        self.smoothed.pop(name, None)
+        self.sensitivity.smoothed.pop(name, None)
         self.sums.pop(name, None)
         if name not in self.frozen:
             self.frozen.append(name)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"frozen": self.frozen, "sums": self.sums, "window": self.window, "smoothed": self.smoothed}
+        smoothed = self.sensitivity.smoothed
+        return {"frozen": self.frozen, "sums": self.sums, "window": self.window, "smoothed": smoothed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.frozen, self.window = list(state["frozen"]), state["window"]
-        self.sums, self.smoothed = dict(state["sums"]), dict(state["smoothed"])
+        self.sums, self.sensitivity.smoothed = dict(state["sums"]), dict(state["smoothed"])
 
 
 def matrices(tuned: Tuned) -> Iterator[tuple[str, nn.Parameter]]:
     """Every A and B by name; fused experts hold theirs stacked along a leading axis."""
-    for name, part in of_kind(tuned.named_parts(), DiagonalFactors):
-        yield from ((f"{name}.{key}", part.get_parameter(key)) for key in "ab")
+    for name, pair in tensors_of(tuned.named_parts(), DiagonalFactors, "a", "b"):
+        yield from zip((f"{name}.a", f"{name}.b"), pair, strict=True)

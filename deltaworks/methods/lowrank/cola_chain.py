@@ -10,14 +10,13 @@ Use it when LoRA's rank is too small and a higher one does not fit the optimizer
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...core import fields
-from ...core.experts import of_kind
+from ...core.experts import tensors_of
 from ...core.init import kaiming, zeros
 from ...core.method import WeightMethod
 from ...core.moments import refuse_sharing, replace_value, restart
@@ -116,7 +115,7 @@ class Knots(Rule):
     @torch.no_grad()
     def _tie(self, run: Run) -> None:
         generator = torch.Generator().manual_seed(run.seed * 1000 + self.tied)
-        for a, b, a0, b0 in chained(run):
+        for _, (a, b, a0, b0) in tensors_of(run.tuned.named_parts(), LowRank, "a", "b", "a0", "b0"):
             place = slice(sum(self.ranks[: self.tied]), sum(self.ranks[: self.tied + 1]))
             a0[..., place, :] = a
             b0[..., place] = -b  # what a LowRank holds beside its factors is subtracted
@@ -129,7 +128,7 @@ class Knots(Rule):
         self.tied += 1
 
     def resumed(self, run: Run) -> None:
-        for a, b, _, _ in chained(run):
+        for _, (a, b) in tensors_of(run.tuned.named_parts(), LowRank, "a", "b"):
             narrow(a, b, self.ranks[self.tied])
 
     def state_dict(self) -> dict[str, Any]:
@@ -144,10 +143,3 @@ def narrow(a: nn.Parameter, b: nn.Parameter, rank: int) -> None:
     if a.shape[-2] > rank:
         replace_value(a, a.detach()[..., :rank, :].contiguous())
         replace_value(b, b.detach()[..., :rank].contiguous())
-
-
-def chained(run: Run) -> Iterator[tuple[nn.Parameter, nn.Parameter, nn.Parameter, nn.Parameter]]:
-    """A, B and the finished links' of every part; fused experts hold theirs stacked along a leading axis."""
-    for _, part in of_kind(run.tuned.named_parts(), LowRank):
-        a, b, a0, b0 = (part.get_parameter(name) for name in ("a", "b", "a0", "b0"))
-        yield a, b, a0, b0

@@ -11,20 +11,18 @@ for these tensors and keeps no state for them.
 Use it where LoRA falls short of full fine-tuning at a very low rank; the state is `rank (rank + 1) (in + out)`.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...core import fields
-from ...core.experts import of_kind
+from ...core.experts import tensors_of
 from ...core.init import kaiming, zeros
 from ...core.method import WeightMethod
 from ...core.operators.low_rank import LowRank
 from ...core.registry import method
 from ...core.rule import Rule, Run
-from ...core.tuned import Tuned
 from ...model.weights import Weight
 
 ROWS = 1024  # rows of the full second moment that exist at a time
@@ -73,13 +71,9 @@ class FullAdam(Rule):
 
     @torch.no_grad()
     def gradients(self, run: Run) -> None:
-        if run.optimizer is None:
-            raise ValueError(
-                "loft takes its learning rate from the optimizer; make the run with run(..., optimizer=...)"
-            )
-        settings = {id(p): group for group in run.optimizer.param_groups for p in group["params"]}
-        moving = "ba"[self.calls % 2]
-        pairs = [pair for pair in factors(run.tuned) if all(p.grad is not None for p in pair[1:])]
+        settings, moving = run.settings(), "ba"[self.calls % 2]
+        held = tensors_of(run.tuned.named_parts(), LowRank, "a", "b")
+        pairs = [(name, a, b) for name, (a, b) in held if a.grad is not None and b.grad is not None]
         self.calls += 1
         share = self._clipping(pairs, moving)
         for name, a, b in pairs:
@@ -108,19 +102,21 @@ class FullAdam(Rule):
         else:
             carry = over(state["partner"].to(partner) @ partner.mT, lower)
             m = state["m"].to(left) @ carry
-            s = carry.mT.unsqueeze(-3) @ state["s"].to(left) @ carry.unsqueeze(-3)
+            s = twice(state["s"].to(left), carry)
         m = beta1 * m + (1 - beta1) * g
         s = s.mul_(beta2).addcmul_(g.unsqueeze(-1), g.unsqueeze(-2), value=1 - beta2)
         self.moments[name] = {"m": m, "s": s, "partner": partner.clone()}
         if not moves:
             return None
+        # S is symmetric: row by row, a^T S a is one product with the distinct products of a's entries.
+        i, j = torch.triu_indices(*s.shape[-2:], device=s.device)
+        squares = partner[..., i, :] * partner[..., j, :] * torch.where(i == j, 1.0, 2.0).to(partner).unsqueeze(-1)
         projected = torch.empty_like(left)
         for rows in torch.arange(left.shape[-2]).split(ROWS):
             chosen = slice(int(rows[0]), int(rows[-1]) + 1)
-            second = ((s[..., chosen, :, :] @ partner.unsqueeze(-3)) * partner.unsqueeze(-3)).sum(-2).clamp_(min=0)
-            first = m[..., chosen, :] @ partner / (1 - beta1**self.calls)
-            update = first / ((second / (1 - beta2**self.calls)).sqrt_() + self.method.eps)
-            projected[..., chosen, :] = update @ partner.mT
+            second = (s[..., chosen, i, j] @ squares).clamp_(min=0).div_(1 - beta2**self.calls).sqrt_()
+            update = (m[..., chosen, :] @ partner).div_(second.add_(self.method.eps))
+            projected[..., chosen, :] = update @ partner.mT / (1 - beta1**self.calls)
         return over(projected, lower)
 
     def _clipping(self, pairs: list[tuple[str, nn.Parameter, nn.Parameter]], moving: str) -> float:
@@ -145,12 +141,13 @@ class FullAdam(Rule):
         self.calls, self.moments = state["calls"], {name: dict(kept) for name, kept in state["moments"].items()}
 
 
+def twice(stack: Tensor, carry: Tensor) -> Tensor:
+    """`C^T S C` for every symmetric S of a stack, `... n x r x r`, with C of `... r x r`: two products, not n."""
+    for _ in range(2):
+        stack = (stack.flatten(-3, -2) @ carry).view(stack.shape).mT.contiguous()
+    return stack
+
+
 def over(matrix: Tensor, lower: Tensor) -> Tensor:
     """`matrix (L L^T)^-1`, for `matrix` of `... n x r`."""
     return torch.cholesky_solve(matrix.mT, lower).mT
-
-
-def factors(tuned: Tuned) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
-    """Name, A and B of every part; fused experts hold theirs stacked along a leading axis."""
-    for name, part in of_kind(tuned.named_parts(), LowRank):
-        yield name, part.get_parameter("a"), part.get_parameter("b")

@@ -10,7 +10,7 @@ Use it when activations, not weights, fill the memory.
 import torch
 
 from ...core import fields
-from ...core.experts import PerExpert
+from ...core.experts import of_kind, setting
 from ...core.init import kaiming, zeros
 from ...core.method import WeightMethod
 from ...core.operators.low_rank import LowRank
@@ -43,12 +43,9 @@ class Projection(Rule):
     """Replaces the gradient g of every B by `g (A A^T + 1e-8 I)^-1 / s^2`, in at least float32."""
 
     def gradients(self, run: Run) -> None:
-        for part in run.tuned.parts():
-            scale = part.inner["scale"] if isinstance(part, PerExpert) else getattr(part, "scale", None)
-            if scale is None:
-                continue
+        for _, part in of_kind(run.tuned.named_parts(), LowRank):
             a, b = part.get_parameter("a"), part.get_parameter("b")
             if b.grad is not None:
                 gram = a @ a.mT + 1e-8 * torch.eye(a.shape[-2], dtype=a.dtype, device=a.device)
                 g = torch.linalg.solve(gram, b.grad.to(a.dtype).mT).mT
-                b.grad.copy_(g / scale**2)
+                b.grad.copy_(g / setting(part, "scale") ** 2)

@@ -15,19 +15,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...core import fields
-from ...core.experts import PerExpert, of_kind
+from ...core import fields, row_adam
+from ...core.experts import setting, tensors_of
 from ...core.init import uniform
 from ...core.method import WeightMethod
 from ...core.operators.shifted import Shifted
+from ...core.part import Part
 from ...core.registry import method
 from ...core.rule import Rule, Run
 from ...core.tuned import Tuned
 from ...model.weights import Weight
-
-State = dict[str, Any]
 
 
 @method("switchlora", paper="2406.06564", family="lowrank")
@@ -83,13 +82,12 @@ class Switching(Rule):
 
     Attributes:
         sides: by factor's name: `pool` (`... candidates x width`, CPU), `slots` (where each vector belongs in it),
-            `next` (pool's and factor's pointers), `still` (steps that each vector yet stands still), and Adam's
-            `m`, `v` and `step` (one count a vector).
+            `next` (pool's and factor's pointers), and Adam's state, vector by vector.
     """
 
     def __init__(self, method: SwitchLoRA) -> None:
         self.method = method
-        self.sides: dict[str, State] = {}
+        self.sides: dict[str, row_adam.State] = {}
         self.generator = torch.Generator("cpu")
 
     def attached(self, run: Run) -> None:
@@ -104,10 +102,7 @@ class Switching(Rule):
                     "pool": torch.rand(shape, generator=self.generator, device="cpu") * 2 * bound - bound,
                     "slots": list(range(size - rank, size)),
                     "next": [0, 0 if key == "a" else rank // 2],
-                    "still": [0] * rank,
-                    "m": torch.zeros_like(factor),
-                    "v": torch.zeros_like(factor),
-                    "step": torch.zeros(rank, dtype=torch.int64),
+                    **row_adam.fresh(factor),
                 }
 
     def rate(self, rank: int, run: Run) -> float:
@@ -116,12 +111,7 @@ class Switching(Rule):
 
     @torch.no_grad()
     def gradients(self, run: Run) -> None:
-        if run.optimizer is None:
-            raise ValueError(
-                "switchlora takes its learning rate from the optimizer; give it to run(..., optimizer=...)"
-            )
-        groups = {id(p): group for group in run.optimizer.param_groups for p in group["params"]}
-        switched = 0
+        groups, switched = run.settings(), 0
         for name, factors in pairs(run.tuned):
             part = dict(run.tuned.named_parts())[name]
             for key, partner in (("a", "b"), ("b", "a")):
@@ -130,11 +120,11 @@ class Switching(Rule):
                 parameter = part.get_parameter(key)
                 if parameter.grad is not None:
                     gradient = parameter.grad if key == "a" else parameter.grad.mT
-                    self._adam(self.sides[f"{name}.{key}"], factor, gradient, groups[id(parameter)])
+                    row_adam.step(self.sides[f"{name}.{key}"], factor, gradient, groups[id(parameter)])
                     parameter.grad = None  # the optimizer passes over what has no gradient
         run.record("switchlora.switched", switched)
 
-    def _switch(self, name: str, key: str, partner: str, factors: dict[str, Tensor], part: nn.Module, run: Run) -> int:
+    def _switch(self, name: str, key: str, partner: str, factors: dict[str, Tensor], part: Part, run: Run) -> int:
         side, other = self.sides[f"{name}.{key}"], self.sides[f"{name}.{partner}"]
         rank, size = len(side["slots"]), side["pool"].shape[-2]
         expected = self.rate(rank, run)
@@ -153,26 +143,10 @@ class Switching(Rule):
             left, right = (
                 (factors["b"][..., k, :], old - vector) if key == "a" else (old - vector, factors["a"][..., k, :])
             )
-            part.get_parameter("shift").add_(left.unsqueeze(-1) * right.unsqueeze(-2), alpha=scale_of(part))
-            other["still"][k] = self.method.still
-            other["m"][..., k, :], other["v"][..., k, :], other["step"][k] = 0, 0, 0
+            part.get_parameter("shift").add_(left.unsqueeze(-1) * right.unsqueeze(-2), alpha=setting(part, "scale"))
+            row_adam.rest(other, k, self.method.still)
         side["next"] = [candidate, (first + len(rows)) % rank]
         return len(rows)
-
-    def _adam(self, side: State, factor: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        beta1, beta2 = group.get("betas", (0.9, 0.999))
-        moves = torch.tensor([not steps for steps in side["still"]])
-        side["step"] += moves
-        side["still"] = [max(0, steps - 1) for steps in side["still"]]
-        on = moves.to(factor.device).unsqueeze(-1)
-        m, v = side["m"].to(factor), side["v"].to(factor)
-        m.copy_(torch.where(on, beta1 * m + (1 - beta1) * gradient, m))
-        v.copy_(torch.where(on, beta2 * v + (1 - beta2) * gradient.square(), v))
-        side["m"], side["v"] = m, v
-        count = side["step"].clamp(min=1).to(factor).unsqueeze(-1)
-        update = (m / (1 - beta1**count)) / ((v / (1 - beta2**count)).sqrt() + group.get("eps", 1e-8))
-        decayed = factor * (1 - group["lr"] * group.get("weight_decay", 0.0))
-        factor.copy_(torch.where(on, decayed - group["lr"] * update, factor))
 
     def finished(self, run: Run) -> None:
         self.sides = {}
@@ -187,10 +161,5 @@ class Switching(Rule):
 
 def pairs(tuned: Tuned) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Name and factors of every part, vectors as rows; fused experts hold theirs stacked along a leading axis."""
-    for name, part in of_kind(tuned.named_parts(), Shifted):
-        yield name, {"a": part.get_parameter("a").data, "b": part.get_parameter("b").data.mT}
-
-
-def scale_of(part: nn.Module) -> float:
-    """The factor of a part's product."""
-    return part.inner["scale"] if isinstance(part, PerExpert) else float(part.scale)  # type: ignore[arg-type]
+    for name, (a, b) in tensors_of(tuned.named_parts(), Shifted, "a", "b"):
+        yield name, {"a": a.data, "b": b.data.mT}

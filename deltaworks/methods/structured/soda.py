@@ -82,9 +82,7 @@ class Stiefel(Rule):
 
     @torch.no_grad()
     def gradients(self, run: Run) -> None:
-        if run.optimizer is None:
-            raise ValueError("soda: the rotations take their learning rate from the run's optimizer; give run() one")
-        rates = {id(p): group["lr"] for group in run.optimizer.param_groups for p in group["params"]}
+        settings = run.settings()
         b1, b2, self.steps = self.method.beta1, self.method.beta2, self.steps + 1
         for name, q in rotations(run.tuned):
             if q.grad is None:
@@ -95,7 +93,7 @@ class Stiefel(Rule):
             square = square.to(skew) * b2 + (1 - b2) * skew.square()
             self.moments[name] = mean, square
             step = mean / (1 - b1**self.steps) / ((square / (1 - b2**self.steps)).sqrt() + 1e-5)
-            u, _, vh = torch.linalg.svd(q + rates[id(q)] * (q @ step))
+            u, _, vh = torch.linalg.svd(q + settings[id(q)]["lr"] * (q @ step))
             q.copy_(u @ vh)
             q.grad = None  # the run's optimizer passes over what has no gradient
 
