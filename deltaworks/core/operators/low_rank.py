@@ -119,13 +119,16 @@ def add_branch(part: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def linear_with_branch(
-    part: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
+    part: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, shift: Tensor | None = None
 ) -> Tensor | None:
-    """`x W^T + bias + scale (x A^T) B^T` in one go, W and bias frozen; None where autograd must see the pieces."""
+    """`x (W + shift)^T + bias + scale (x A^T) B^T` in one go; None where autograd must see the pieces.
+
+    W, the shift (of any precision, `out x in`) and the bias are constants.
+    """
     if not plain(part, x) or weight.dtype != x.dtype:
         return None
     survive, scale = kept(part, x)
-    return _LowRankLinear.apply(x, weight, bias, a, b, scale, survive)  # type: ignore[return-value]
+    return _LowRankLinear.apply(x, weight, bias, a, b, scale, survive, shift)  # type: ignore[return-value]
 
 
 def lowered(x: Tensor, factors: Sequence[Tensor], scale: float) -> tuple[Tensor, ...]:
@@ -244,8 +247,13 @@ def base_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
     return y, rows
 
 
+def shifted(weight: Tensor, shift: Tensor | None) -> Tensor:
+    """`weight + shift`, added in the higher precision and given in the weight's."""
+    return weight if shift is None else (shift + weight).to(weight.dtype)
+
+
 class _LowRankLinear(torch.autograd.Function):
-    """`y = x W^T + bias + scale ((kept x) A^T) B^T` with W and bias frozen."""
+    """`y = x (W + shift)^T + bias + scale ((kept x) A^T) B^T` with W, shift and bias frozen."""
 
     @staticmethod
     def forward(
@@ -257,32 +265,33 @@ class _LowRankLinear(torch.autograd.Function):
         b: Tensor,
         scale: float,
         survive: Tensor | None,
+        shift: Tensor | None,
     ) -> Tensor:
         z = branch_input(x, survive) @ a.to(x.dtype).T
-        y, rows = base_product(x, weight, bias)
+        y, rows = base_product(x, shifted(weight, shift), bias)
         rows.addmm_(z, b.to(x.dtype).T, alpha=scale)
         ctx.scale, ctx.needed = scale, (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:5])
         need_x, need_a, need_b = ctx.needed
         ctx.save_for_backward(
-            x if need_a else None, survive if need_a or need_x else None, z if need_b else None, weight, a, b
+            x if need_a else None, survive if need_a or need_x else None, z if need_b else None, weight, shift, a, b
         )
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, survive, z, weight, a, b = ctx.saved_tensors
+        x, survive, z, weight, shift, a, b = ctx.saved_tensors
         g = gradients[0].reshape(-1, gradients[0].shape[-1])
         gb, da, db = _branch_gradients(ctx, g, x, survive, z, a, b)
         dx = None
         if ctx.needed[0] and gb is not None:
-            dx = g @ weight
+            dx = g @ shifted(weight, shift)
             if survive is None:
                 dx.addmm_(gb, a.to(g.dtype), alpha=ctx.scale)
             else:
                 dx.addcmul_(gb @ a.to(g.dtype), survive.view_as(dx).to(g.dtype), value=ctx.scale)
             dx = dx.view(*gradients[0].shape[:-1], weight.shape[-1])
-        return dx, None, None, da, db, None, None
+        return dx, None, None, da, db, None, None, None
 
 
 class _Lowered(torch.autograd.Function):
