@@ -38,6 +38,20 @@ def at_module(path: str, block: Block, role: str) -> Site:
     return Site(path, role, "other", None, block=block.index)
 
 
+def ends(block: Block, role: str) -> tuple[str | None, str | None]:
+    """The module that reads what the sub-layer reads and the one whose output is the sub-layer's."""
+    if role == "mlp":
+        whole, first, last = block.mlp, block.mlp_in, block.mlp_out
+    else:
+        whole, first, last = block.attention, block.attention, block.attention_out
+    if whole is None and first is None and last is None:
+        return (block.ssm, block.ssm) if block.attention is None and block.mlp_out is None else (None, None)
+    # A module around the whole sub-layer gives both at once (its output is `last`'s, at most before a dropout).
+    if whole is not None and last is not None and (last == whole or last.startswith(whole + ".") or role == "mlp"):
+        return whole, whole
+    return first, last
+
+
 def norm_parameters(base: Anatomy, sites: list[Site]) -> list[Site]:
     """A site for every scale and shift of some norms."""
     return [

@@ -14,9 +14,9 @@ from ...core import fields
 from ...core.method import Method, Placed
 from ...core.operators.bottleneck import ACTIVATIONS, ParallelBottleneck, Tap, Tape, TappedBottleneck
 from ...core.part import Shared
-from ...core.places import at_module, blocks_at, width_of
+from ...core.places import at_module, blocks_at, ends, width_of
 from ...core.registry import method
-from ...model.anatomy import Anatomy, Block
+from ...model.anatomy import Anatomy
 
 
 @method("parallel_adapter", paper="2110.04366", family="modules")
@@ -41,7 +41,7 @@ class ParallelAdapter(Method):
         assert isinstance(tape, Tape)
         for block in blocks_at(base, self.on, self.slug):
             for role in ("attention", "mlp") if self.beside == "both" else (self.beside,):
-                first, last = _ends(block, role)
+                first, last = ends(block, role)
                 if first is None or last is None:
                     continue
                 settings: dict[str, Any] = {
@@ -58,17 +58,3 @@ class ParallelAdapter(Method):
                 yield Placed(at_module(first, block, role), Tap(place, tape), f"tap_{role}")
                 part = TappedBottleneck(**settings, place=place, tape=tape)
                 yield Placed(at_module(last, block, role), part, f"adapter_{role}")
-
-
-def _ends(block: Block, role: str) -> tuple[str | None, str | None]:
-    """The module that reads what the sub-layer reads and the one whose output is the sub-layer's."""
-    if role == "mlp":
-        whole, first, last = block.mlp, block.mlp_in, block.mlp_out
-    else:
-        whole, first, last = block.attention, block.attention, block.attention_out
-    if whole is None and first is None and last is None:
-        return (block.ssm, block.ssm) if block.attention is None and block.mlp_out is None else (None, None)
-    # A module around the whole sub-layer gives both at once (its output is `last`'s, at most before a dropout).
-    if whole is not None and last is not None and (last == whole or last.startswith(whole + ".") or role == "mlp"):
-        return whole, whole
-    return first, last
