@@ -18,11 +18,14 @@ def orthogonality(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     Args:
         pairs: P (`... out x rank`) and Q (`... rank x in`) of every layer, at least one.
     """
-    norms: list[Tensor] = []
+    alike: dict[tuple[Any, ...], list[Tensor]] = {}  # by size and device: few large operations instead of many small
     for p, q in pairs:
         for gram in (p.mT @ p, q @ q.mT):
-            identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-            norms.append(torch.linalg.matrix_norm(gram - identity).reshape(-1))
+            alike.setdefault((gram.shape[-1], gram.device, gram.dtype), []).append(gram)
+    norms = []
+    for (size, device, dtype), grams in alike.items():
+        stack = torch.cat([gram.reshape(-1, size, size) for gram in grams])
+        norms.append(torch.linalg.matrix_norm(stack - torch.eye(size, dtype=dtype, device=device)))
     return torch.cat([norm.to(norms[0].device) for norm in norms]).mean()
 
 
