@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
 from ...core.operators.triplet import Triplet
 from ...core.part import Part
 from ..reading import Plan
@@ -73,9 +76,7 @@ def write(draft: Draft) -> dict[str, Any]:
     ranks = {}
     for part in draft.parts:
         assert isinstance(part, Triplet)
-        path = part.site.path
-        if part.site.rows is not None or part.site.parameter != "weight":
-            raise draft.refuse(part.site.name, "PEFT's AdaLoRA adapts whole linear layers")
+        path = draft.layer(part, nn.Linear, Conv1D)
         if draft.method.at(path) is not draft.method:
             raise draft.refuse(f"overrides at {path}", "PEFT's AdaLoRA starts with one rank and scale for all layers")
         ranks[path] = part.l.shape[0]

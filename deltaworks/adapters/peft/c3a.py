@@ -7,7 +7,6 @@ from typing import Any
 
 from ...core.operators.circulant import Circulant
 from ...core.part import Part
-from ...model.weights import Weight
 from ..reading import Plan
 from .draft import Draft
 from .source import Source, refuse
@@ -39,7 +38,7 @@ def read(source: Source) -> Plan:
     overrides = {pattern: {"block": value} for pattern, value in own.items()}
     method = source.made("c3a", on=source.on, block=block, init=STARTS[start], overrides=overrides)
     for path in targets:
-        weight = Weight(source.model.get_submodule(path), path=path)
+        weight = source.weight(path)
         side = pattern_for(own, path, block)
         kernel = source.tensor(f"{path}.c3a_kernel")
         if kernel.dim() != 3 or kernel.shape[-1] != side:
@@ -56,9 +55,7 @@ def write(draft: Draft) -> dict[str, Any]:
     sides = {}
     for part in draft.parts:
         assert isinstance(part, Circulant)
-        path = part.site.path
-        if part.site.rows is not None or part.site.parameter != "weight" or draft.conv1d([path]):
-            raise draft.refuse(part.site.name, "PEFT's C3A adapts whole linear layers")
+        path = draft.layer(part)
         if part.dropout:
             raise draft.refuse(f"dropout={part.dropout}", "PEFT's C3A has none")
         factor = part.scale * part.w.shape[1] * part.block

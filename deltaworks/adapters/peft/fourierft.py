@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ...core.operators.spectral import Spectral
 from ...core.part import Part
-from ...model.weights import Weight
 from ..reading import Plan
 from .draft import Draft
 from .source import Source, refuse
@@ -36,7 +36,7 @@ def read(source: Source) -> Plan:
     start = "zeros" if zeros else "normal"
     method = source.made("fourierft", on=source.on, n=n, alpha=scaling, seed=seed, init=start, overrides=overrides)
     for path in targets:
-        weight = Weight(source.model.get_submodule(path), path=path)
+        weight = source.weight(path, nn.Linear, Conv1D)
         count = pattern_for(own, path, n)
         c = source.tensor(f"{path}.fourierft_spectrum")
         if c.shape != (count,) or count > weight.fan_out * weight.fan_in:
@@ -53,9 +53,7 @@ def write(draft: Draft) -> dict[str, Any]:
     method: Any = draft.method
     for part in draft.parts:
         assert isinstance(part, Spectral)
-        path = part.site.path
-        if part.site.rows is not None or part.site.parameter != "weight":
-            raise draft.refuse(part.site.name, "PEFT's FourierFT adapts whole linear layers")
+        path = draft.layer(part, nn.Linear, Conv1D)
         counts[path] = part.c.shape[0]
         expected = drawn(part.fan_out, part.fan_in, method.seed)[: counts[path]]
         if not torch.equal(expected, part.entries.cpu().long()):
@@ -63,16 +61,14 @@ def write(draft: Draft) -> dict[str, Any]:
                 f"center={method.center} at {path}", "PEFT draws its entries without preference, from one seed"
             )
         draft.put(f"{path}.fourierft_spectrum", part.c)
-    scales = {part.scale for part in draft.parts if isinstance(part, Spectral)}
-    if len(scales) > 1:
-        raise draft.refuse(f"overrides, alpha={sorted(scales)}", "PEFT has one scaling for all layers")
+    scaling = draft.one("alpha", (part.scale for part in draft.parts if isinstance(part, Spectral)))
     n, own = patterns(counts)
     targets = list(counts)
     return draft.config(
         KIND,
         n_frequency=n,
         n_frequency_pattern=own,
-        scaling=scales.pop(),
+        scaling=scaling,
         random_loc_seed=method.seed,
         target_modules=named(draft.model, targets),
         fan_in_fan_out=draft.conv1d(targets),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ...core.operators.bank import BankFactors, ChosenFactors, VectorBank
 from ...core.part import Part
-from ...model.weights import Weight
 from ..reading import Plan
 from .draft import Draft
 from .source import Source, refuse
@@ -47,7 +47,7 @@ def read(source: Source) -> Plan:
     bank = VectorBank(vectors, length)
     bank.vectors.data = values.clone()
     for path in targets:
-        weight = Weight(source.model.get_submodule(path), path=path)
+        weight = source.weight(path, nn.Linear, Conv1D)
         pieces = {"a": (rank, weight.fan_in // length), "b": (weight.fan_out // length, rank)}
         held: dict[str, Tensor] = {}
         for factor, shape in pieces.items():
@@ -78,9 +78,7 @@ def write(draft: Draft) -> dict[str, Any]:
     chosen = isinstance(draft.parts[0], ChosenFactors)
     for part in draft.parts:
         assert isinstance(part, (BankFactors, ChosenFactors))
-        where = f"{draft.prefix}{part.site.path}.vblora_logits_"
-        if part.site.rows is not None or part.site.parameter != "weight":
-            raise draft.refuse(part.site.name, "PEFT's VB-LoRA adapts whole linear layers")
+        where = f"{draft.prefix}{draft.layer(part, nn.Linear, Conv1D)}.vblora_logits_"
         if part.length != bank.length or isinstance(part, ChosenFactors) != chosen:
             raise draft.refuse(
                 part.site.path, f"PEFT's pieces are all of the bank's {bank.length} values and of one form"

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ...core.operators.scaled import RandomPair, ScaledRandom
 from ...core.part import Part
-from ...model.weights import Weight
 from ..reading import Plan
 from .draft import Draft
 from .source import Source, refuse
@@ -32,7 +33,7 @@ def read(source: Source) -> Plan:
     source.flag("init_weights", True)
     targets = source.targets()
     method = source.made("vera", on=source.on, rank=rank, d_initial=start, dropout=dropout, seed=seed)
-    weights = {path: Weight(source.model.get_submodule(path), path=path) for path in targets}
+    weights = {path: source.weight(path, nn.Linear, Conv1D) for path in targets}
     widest = max(weight.fan_in for weight in weights.values()), max(weight.fan_out for weight in weights.values())
     if rank * sum(widest) > 1 << 30:
         refuse(source.file, f"r={rank} is not allowed: no layer here is wide enough for it")
@@ -43,12 +44,7 @@ def read(source: Source) -> Plan:
                 source.weights, f"{name} is not the pair of projection_prng_key={seed}, and only seeded pairs are kept"
             )
     for path, weight in weights.items():
-        d, b = source.tensor(f"{path}.vera_lambda_d"), source.tensor(f"{path}.vera_lambda_b")
-        if d.shape != (rank,) or b.shape != (weight.fan_out,):
-            refuse(
-                source.weights,
-                f"{path} has vectors of {list(d.shape)} and {list(b.shape)}, not of {rank} and {weight.fan_out}",
-            )
+        d, b = source.shaped(f"{path}.vera_lambda_d", rank), source.shaped(f"{path}.vera_lambda_b", weight.fan_out)
         source.place(path, "weight", ScaledRandom(d, b, pair, fan_in=weight.fan_in, dropout=dropout))
     source.biases(targets, "vera_only")
     return source.plan(method, {"pair": pair})
@@ -60,14 +56,13 @@ def write(draft: Draft) -> dict[str, Any]:
     assert isinstance(pair, RandomPair)
     for part in draft.parts:
         assert isinstance(part, ScaledRandom)
-        if part.site.rows is not None or part.site.parameter != "weight":
-            raise draft.refuse(part.site.name, "PEFT's VeRA adapts whole linear layers")
+        path = draft.layer(part, nn.Linear, Conv1D)
         if part.lambda_d.shape[0] != pair.rank:
             raise draft.refuse(
-                f"overrides, rank={part.lambda_d.shape[0]} at {part.site.path}", "PEFT has one rank for all layers"
+                f"overrides, rank={part.lambda_d.shape[0]} at {path}", "PEFT has one rank for all layers"
             )
-        draft.put(f"{part.site.path}.vera_lambda_d", part.lambda_d)
-        draft.put(f"{part.site.path}.vera_lambda_b", part.lambda_b)
+        draft.put(f"{path}.vera_lambda_d", part.lambda_d)
+        draft.put(f"{path}.vera_lambda_b", part.lambda_b)
     targets = [part.site.path for part in draft.parts]
     draft.tensors["base_model.vera_A"], draft.tensors["base_model.vera_B"] = pair.a, pair.b
     method: Any = draft.method
