@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
-import multiprocessing
 import os
-import signal
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from . import apart
 from .rows import Row, failed, store, stored
 from .trial import Trial
 from .worker import work
@@ -103,7 +104,7 @@ class Runner:
 
     def _here(self, trials: dict[str, Trial], hear: Hear | None) -> Iterator[tuple[str, Row]]:
         """Rows by key, each trial in a process of its own."""
-        context = _context()
+        context = apart.context()
         queue = list(trials.items())
         active: dict[Connection, _Active] = {}
         free = list(range(self.jobs))
@@ -151,7 +152,7 @@ class _Active:
             message = connection.recv()
         except (EOFError, OSError):
             self.process.join()
-            return failed(_ending(self.process.exitcode))
+            return failed(apart.ending(self.process.exitcode))
         if message[0] == "row":
             return message[1]
         _, event, figures = message
@@ -159,22 +160,6 @@ class _Active:
             with contextlib.suppress(OSError):
                 connection.send("stop")
         return None
-
-
-def _ending(code: int | None) -> str:
-    if code is not None and code < 0:
-        name = signal.Signals(-code).name
-        return f"the process was ended by {name}" + (", as it is when memory runs out" if name == "SIGKILL" else "")
-    return f"the process ended with status {code} and no result"
-
-
-def _context() -> Any:
-    """How processes are made: forked off a server that has imported all, where the system can."""
-    if "forkserver" not in multiprocessing.get_all_start_methods() or os.uname().sysname == "Darwin":
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"{__package__}.preload"])
-    return context
 
 
 def _gpus() -> list[str]:
@@ -206,8 +191,11 @@ class _Cluster:
     def rows(self, trials: dict[str, Trial], cache: Path) -> Iterator[tuple[str, Row]]:
         ray = self.ray
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_remote)
-        pending = {remote.remote(trial, str(cache), key, self.threads): key for key, trial in trials.items()}
+        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(apart.on_ray)
+        pending = {}
+        for key, trial in trials.items():
+            work = pickle.dumps((dataclasses.replace(trial, labels={}), str(cache), key, self.threads))
+            pending[remote.remote(work)] = key
         while pending:
             ready, _ = ray.wait(list(pending), num_returns=1)
             for reference in ready:
@@ -223,9 +211,3 @@ class _Cluster:
     def close(self) -> None:
         if self.ours:
             self.ray.shutdown()
-
-
-def _remote(trial: Trial, cache: str, key: str, threads: int | None) -> Row:
-    """What a Ray worker does: runs the trial in a process of its own, forked off as on a single machine."""
-    (_, row), = Runner(cache, threads=threads)._here({key: trial}, None)
-    return row
