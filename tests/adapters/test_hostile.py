@@ -288,8 +288,19 @@ SUBJECTS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "circulant": ("mlp", dw.C3A(on="first"), {}),
     "modules": ("bert", dw.Pfeiffer(), {}),
     "trained": ("mlp", dw.LoRA(rank=2, on="first"), {"also": "last"}),
+    "rotated": ("mlp", dw.OFT(block=8, on="first"), {}),
+    "butterfly": ("mlp", dw.BOFT(on="first"), {}),
+    "reflected": ("mlp", dw.HRA(rank=2, on="first"), {}),
+    "hadamard": ("mlp", dw.LoHa(rank=2, on="first"), {}),
+    "kronecker": ("mlp", dw.LoKr(rank=2, on="first"), {}),
+    "tiled": ("mlp", dw.MiSS(rank=4, on="first"), {}),
+    "bases": ("mlp", dw.RandLoRA(rank=8, on="first"), {}),
+    "general": ("mlp", dw.GLoRA(rank=2, on="first"), {}),
 }
-PEFT_SUBJECTS = ("lora", "experts", "parts", "dora", "shared", "integers", "circulant", "trained")
+PEFT_SUBJECTS = (
+    *("lora", "experts", "parts", "dora", "shared", "integers", "circulant", "trained", "rotated", "butterfly"),
+    *("reflected", "hadamard", "kronecker", "tiled", "bases", "general"),
+)
 _KNOWN: dict[tuple[str, str], tuple[nn.Module, dict[str, bytes], dict[str, Any]]] = {}
 
 
