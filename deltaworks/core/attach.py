@@ -22,10 +22,14 @@ from ..model.weights import Weight, consumes, is_quantised, keep_differentiable
 from .experts import PerExpert
 from .graft import Switchboard, graft, graft_of, introduce, ungraft
 from .method import Batches, Method, Placed, weight_at
+from .operators.low_rank import LowRank
 from .part import Delta, Part, Shared, Trained
 
 if TYPE_CHECKING:
     from .tuned import Tuned
+
+MERGED_AT_ONCE = 1 << 20
+"""Values of a parameter that a product of factors is added to at a time."""
 
 
 @dataclass
@@ -447,6 +451,9 @@ def _merged(
     """The parameter with the deltas folded in, in at least float32 and rounded once."""
     view = Weight(module, parameter)
     value = view.matrix() if stored is None else view.canonical(stored.detach())
+    if value.dim() == 2 and all(_adds_a_product(delta, parameter) for delta in deltas):
+        new = view.layout(_with_products(value, deltas)).contiguous()
+        return nn.Parameter(new, requires_grad=False)
     target = value.dtype
     value = value.to(torch.promote_types(value.dtype, torch.float32))
     for delta in deltas:
@@ -459,6 +466,25 @@ def _merged(
         value = value if folded is None else part.replaced(folded, value)
     new = view.layout(value).to(target).contiguous()
     return nn.Parameter(new, requires_grad=False)
+
+
+def _adds_a_product(delta: Delta, parameter: str) -> bool:
+    """Whether the delta adds one product of factors to the whole parameter, nothing else."""
+    plain = type(delta) is LowRank and delta.a0 is None and delta.a.dtype == torch.float32
+    return plain and delta.site.rows is None and delta.site.parameter == parameter
+
+
+def _with_products(value: torch.Tensor, deltas: Sequence[Delta]) -> torch.Tensor:
+    """`value` with products added in at least float32, some rows at a time: what is wide stays in the cache."""
+    new, step = torch.empty_like(value), max(1, MERGED_AT_ONCE // value.shape[1])
+    for start in range(0, value.shape[0], step):
+        rows = slice(start, start + step)
+        piece = value[rows].to(torch.promote_types(value.dtype, torch.float32), copy=True)
+        for delta in deltas:
+            assert isinstance(delta, LowRank)
+            piece.addmm_(delta.b[rows].to(piece.dtype), delta.a.to(piece.dtype), alpha=delta.scale)
+        new[rows] = piece
+    return new
 
 
 def unmerge(model: nn.Module) -> nn.Module:
