@@ -1,8 +1,7 @@
 """A short mark of a base's weights, to tell whether an adapter belongs to it.
 
-Two hashes: one over the names and shapes of the parameters, one over a strided sample of their values rounded to
-bfloat16, so that a base in float32 and its copy in bfloat16 have the same. Of quantised and sharded weights the shapes
-count.
+Two hashes: one over the names and shapes of the parameters, one over a sample of their values rounded to bfloat16, so
+that a base in float32 and its copy in bfloat16 have the same. Of quantised and sharded weights the shapes count.
 """
 
 from __future__ import annotations
@@ -19,8 +18,9 @@ from ..core.part import Trained
 from ..model.anatomy import Site
 from ..model.weights import Weight, is_quantised
 
-SAMPLE = 64
-"""Values taken of each parameter."""
+RUNS, LENGTH = 4, 16
+"""Stretches of values taken of each parameter, and their length: a base that is mapped from its file and not read yet
+must be read at few places only."""
 
 
 def fingerprint(model: nn.Module, without: Iterable[Site] = ()) -> str:
@@ -54,8 +54,9 @@ def same(one: str, other: str) -> bool:
 
 def _sample(value: Tensor) -> bytes:
     flat = value.reshape(-1)
-    step = max(flat.numel() // SAMPLE, 1)
-    rounded = flat[::step][:SAMPLE].to(torch.bfloat16).cpu().contiguous()
+    step = max(flat.numel() // RUNS, LENGTH)
+    taken = torch.cat([flat[start : start + LENGTH] for start in range(0, RUNS * step, step)])
+    rounded = taken.to(torch.bfloat16).cpu().contiguous()
     return bytes(rounded.view(torch.uint8).tolist())
 
 
