@@ -34,7 +34,7 @@ def table(record: dict[str, Any]) -> str:
     lines = heading(f"A finished LoRA of rank {size['rank']} on all linear layers of a {record['shape']} base", record)
     lines += [
         f"Medians; ratios are ours over PEFT's (least to greatest). The base's {size['layers']} layers are bfloat16, "
-        f"mapped and not read; merging and unmerging run on {size['merged_layers']} of them with weights in memory. "
+        f"mapped and not filled; merging and unmerging run on {size['merged_layers']} of them with weights in memory. "
         "PEFT's save and load are in its own format in both rows. Memory is the peak that the work added.",
         "",
         "| work | ours, ms | PEFT, ms | time | ours, MB | PEFT, MB | memory |",

@@ -1,8 +1,7 @@
 """One side of the benchmark of finished adapters: what is done with a LoRA once it is trained, on a 7B-shaped base.
 
-Attaching, saving, loading and switching need no weights: the base's parameters are views of one file of the full size
-that is mapped into memory and never read. Merging does need them: it runs on the first layers of the same shapes with
-weights in memory.
+Attaching, saving, loading and switching need no weights: the parameters are views of memory of the full size that
+is mapped and never written. Merging does need them: it runs on a few layers of the same shapes with weights in memory.
 """
 
 from __future__ import annotations
@@ -50,16 +49,9 @@ def base(settings: dict[str, Any], layers: int, weights: Callable[[int], torch.T
     return model
 
 
-def mapped(folder: str) -> Callable[[int], torch.Tensor]:
-    """Weights in a file of the full size that takes no space, mapped privately."""
-
-    def make(count: int) -> torch.Tensor:
-        path = Path(folder) / "weights"
-        with path.open("wb") as file:
-            file.truncate(2 * count)
-        return torch.from_file(str(path), shared=False, size=count, dtype=torch.bfloat16)
-
-    return make
+def reserved(count: int) -> torch.Tensor:
+    """Weights whose memory is mapped and never written: they take none."""
+    return torch.empty(count, dtype=torch.bfloat16)
 
 
 def in_memory(count: int) -> torch.Tensor:
@@ -95,7 +87,7 @@ def ours(settings: dict[str, Any], folder: str) -> dict[str, dict[str, float]]:
     import deltaworks as dw
 
     method, second, exported = dw.LoRA(rank=settings["rank"], alpha=16), Path(folder) / "own", Path(folder) / "peft"
-    model = base(settings, settings["layers"], mapped(folder))
+    model = base(settings, settings["layers"], reserved)
     found = {"attach": taken(lambda: dw.attach(model, method, seed=0))}
     filled(model)
     found["save"] = taken(lambda: dw.save(model, second))
@@ -119,7 +111,7 @@ def theirs(settings: dict[str, Any], folder: str) -> dict[str, dict[str, float]]
 
     second = str(Path(folder) / "peft")
     config = peft.LoraConfig(r=settings["rank"], lora_alpha=16, target_modules=LINEAR, task_type="CAUSAL_LM")
-    model: Any = base(settings, settings["layers"], mapped(folder))
+    model: Any = base(settings, settings["layers"], reserved)
     wrapped: list[Any] = []
     found = {"attach": taken(lambda: wrapped.append(peft.get_peft_model(model, config)))}
     adapted = wrapped.pop()
