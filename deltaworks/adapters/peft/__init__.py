@@ -1,7 +1,21 @@
 """HF PEFT's format, read and written without PEFT.
 
 Each module is one `peft_type`: `KIND`, `read(source)`, `fits(part)`, `write(draft)`, and `METHOD` where only one method
-is written so. What one side cannot express is refused with the option's name.
+is written so. What one side cannot express is refused with the option's name; what acts in training only is left out of
+what is read, with a warning.
+
+| `peft_type` | read as | written for |
+|---|---|---|
+| `LORA` | `lora`, `dora`, `pissa`, `olora` | whatever is a product of two factors, with rank 2r where a start is subtracted |
+| `ADALORA` | `adalora` | `adalora`, ranks that fell as masks |
+| `VERA`, `VBLORA`, `RANDLORA` | `vera`, `vb_lora`, `randlora` | the same; frozen matrices by their seed |
+| `FOURIERFT`, `C3A` | `fourierft`, `c3a` | the same |
+| `OFT`, `BOFT`, `HRA` | `oft`, `boft`, `hra` | the same |
+| `LOHA`, `LOKR` | `loha`, `lokr` | the same, and Kronecker products that PEFT splits alike |
+| `MISS` | `miss`, `bone_bat` | the same |
+| `GLORA` | `glora` | `glora` without a search |
+| `IA3`, `LN_TUNING` | `ia3`, `layernorm` | the same |
+| `PROMPT_TUNING`, `PREFIX_TUNING` | `prompt_tuning`, `prefix_tuning` | the same |
 """
 
 from __future__ import annotations
