@@ -8,6 +8,7 @@ import torch
 import deltaworks as dw
 from deltaworks.core.operators.singular import decomposed
 from deltaworks.methods.structured.soda import rotations, sides
+from deltaworks.model.weights import Weight
 from tests.methods.toys import attach, net, nudge, part, steps
 
 
@@ -72,3 +73,33 @@ def test_a_value_below_zero_is_told_and_the_count_is_the_formula() -> None:
     with pytest.raises(ValueError, match="soda takes its learning rate from the optimizer"):
         tuned.run(5).emit("gradients")
     assert model(x).isfinite().all()
+
+
+@pytest.mark.parametrize("sizes", [(12, 8, 6), (8, 12, 18)])
+def test_the_other_form_changes_the_triangular_factor_and_turns_it(sizes: tuple[int, int, int], tmp_path) -> None:
+    model, x = net(*sizes)
+    weight, bias, base = model.first.weight.detach().clone(), model.first.bias, model(x)
+    tuned = attach(model, dw.SODA, form="qr", rank=2)
+    assert torch.equal(model(x), base)
+    delta, n = part(tuned), min(sizes[:2])
+    q1, q2, q3 = sides(sizes[0])
+    assert sum(p.numel() for p in delta.parameters()) == 2 * (n + sizes[1]) + q1**2 + q2**2 + q3**2
+    list(steps(model, x, tuned, 3))
+    assert max(float((q.T @ q - torch.eye(len(q))).norm().detach()) for _, q in rotations(tuned)) < 1e-10
+    nudge(tuned, 0.3)
+    rows = delta.vectors()[0]
+    factor = weight @ rows.T
+    assert torch.allclose(rows @ rows.T, torch.eye(n).double()) and torch.allclose(factor @ rows, weight)
+    assert torch.allclose(factor.triu(1), torch.zeros_like(factor), atol=1e-12)
+    o = torch.kron(torch.kron(delta.q1, delta.q2), delta.q3)
+    expected = (factor + delta.b @ delta.a) @ rows @ o.T
+    assert torch.allclose(model.first(x), x @ expected.T + bias) and torch.allclose(delta.fold(weight), expected)
+    assert torch.autograd.gradcheck(lambda *_: model(x), (x.requires_grad_(), *tuned.parameters()))
+    dw.save(model, tmp_path / "adapter")
+    fresh, _ = net(*sizes)
+    dw.load(fresh, tmp_path / "adapter")
+    assert torch.allclose(fresh(x), model(x))
+    other, _ = net(*sizes, seed=1)
+    remade = type(delta).remade(delta.configuration(), delta.tensors(), {})
+    with pytest.raises(ValueError, match="are not those the adapter was trained in"):
+        remade.settle(Weight(other.first))

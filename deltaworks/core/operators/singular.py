@@ -52,7 +52,7 @@ class Singular(Delta):
         if self.u is not None or dense.is_meta:
             return
         rank = self.prints.shape[-1]
-        u, s, vh = (part[..., :rank, :] if i == 2 else part[..., :rank] for i, part in enumerate(decomposed(dense)))
+        u, s, vh = (part[..., :rank, :] if i == 2 else part[..., :rank] for i, part in enumerate(self.found(dense)))
         generator = torch.Generator("cpu").manual_seed(0)
         probe = torch.randn(self.fan_in, generator=generator, dtype=torch.float64, device="cpu")
         prints = (vh @ probe.to(vh)).to(self.prints.dtype)
@@ -64,6 +64,10 @@ class Singular(Delta):
                 "the base must be the very same, or merge where it was trained"
             )
         self.u, self.s, self.vh = u.contiguous(), s, vh.contiguous()
+
+    def found(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """U, S and V^T of a weight; or what a subclass takes for them, the last of orthonormal rows."""
+        return decomposed(weight)
 
     def vectors(self) -> tuple[Tensor, Tensor]:
         """V^T (`rank x in`) and U (`out x rank`)."""

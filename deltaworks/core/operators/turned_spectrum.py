@@ -46,9 +46,7 @@ class TurnedSpectrum(Singular):
 
     def turned(self, x: Tensor, *, back: bool = False) -> Tensor:
         """`x O` (or `x O^T`) for x of shape `... x in`."""
-        turns = [q.to(x.dtype).mT if back else q.to(x.dtype) for q in (self.q1, self.q2, self.q3)]
-        blocks = x.unflatten(-1, [q.shape[-1] for q in turns])
-        return torch.einsum("...abc,ad,be,cf->...def", blocks, *turns).flatten(-3)
+        return turned(x, (self.q1, self.q2, self.q3), back=back)
 
     def fold(self, weight: Tensor) -> Tensor:
         wide = weight.to(torch.promote_types(weight.dtype, self.shift.dtype))
@@ -66,3 +64,72 @@ class TurnedSpectrum(Singular):
         x = self.turned(x)
         y = call(x)
         return y + (((x @ vh.to(x.dtype).T) * self.change().to(x.dtype)) @ u.to(x.dtype).T).to(y.dtype)
+
+
+class TurnedFactor(Singular):
+    """`W' = (L + B A) Qb O^T` with `W = L Qb`, L lower triangular and Qb of orthonormal rows, `O = Q1 kron Q2 kron Q3`.
+
+    The input is turned and the layer called on it, the low-rank term reads the turned input through Qb.
+
+    Args:
+        a: `rank x min(in, out)`.
+        b: `out x rank`.
+        q1, q2, q3: square, orthogonal; their sides multiply to `in`.
+        prints, fan_out, fan_in: see `Singular`; Qb stands in the place of V^T.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ("fan_out", "fan_in")
+    additive = False
+    lean = True
+
+    def __init__(
+        self,
+        a: Tensor,
+        b: Tensor,
+        q1: Tensor,
+        q2: Tensor,
+        q3: Tensor,
+        prints: Tensor,
+        fan_out: int,
+        fan_in: int,
+    ) -> None:
+        super().__init__(prints, fan_out, fan_in)
+        sides = [len(q) for q in (q1, q2, q3)]
+        if sides[0] * sides[1] * sides[2] != fan_in or a.shape[1] != len(prints) or b.shape != (fan_out, len(a)):
+            given = f"rotations of sides {sides}, A {list(a.shape)} and B {list(b.shape)}"
+            raise ValueError(f"{given} do not fit a weight of {fan_out} x {fan_in}")
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+        self.q1, self.q2, self.q3 = nn.Parameter(q1), nn.Parameter(q2), nn.Parameter(q3)
+
+    def found(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, r = torch.linalg.qr(weight.mT)
+        diagonal = r.diagonal(dim1=-2, dim2=-1)
+        signs = torch.where(diagonal < 0, -1.0, 1.0).to(diagonal)
+        # L itself is in the weight.
+        return weight.new_empty(*weight.shape[:-1], 0), diagonal * signs, (q * signs.unsqueeze(-2)).mT
+
+    def turned(self, x: Tensor, *, back: bool = False) -> Tensor:
+        """`x O` (or `x O^T`) for x of shape `... x in`."""
+        return turned(x, (self.q1, self.q2, self.q3), back=back)
+
+    def fold(self, weight: Tensor) -> Tensor:
+        wide = weight.to(torch.promote_types(weight.dtype, self.a.dtype))
+        if self.u is not None:
+            wide = wide + (self.b @ self.a).to(wide.dtype) @ self.vectors()[0].to(wide.dtype)
+        return self.turned(wide, back=True).to(weight.dtype)
+
+    def prefers_side(self, tokens: int, weight: Weight) -> bool:
+        # A part of a fused projection reads the same input as the other parts, which must not be turned.
+        return self.site.rows is None
+
+    def around(self, call: Callable[[Tensor], Tensor], x: Tensor, weight: Weight) -> Tensor | None:
+        x = self.turned(x)
+        y, rows = call(x), self.vectors()[0]
+        return y + (x @ rows.to(x.dtype).T @ self.a.to(x.dtype).T @ self.b.to(x.dtype).T).to(y.dtype)
+
+
+def turned(x: Tensor, rotations: tuple[Tensor, Tensor, Tensor], *, back: bool = False) -> Tensor:
+    """`x (Q1 kron Q2 kron Q3)`, or its transpose, for x of shape `... x in`; the product is not built."""
+    turns = [q.to(x.dtype).mT if back else q.to(x.dtype) for q in rotations]
+    blocks = x.unflatten(-1, [q.shape[-1] for q in turns])
+    return torch.einsum("...abc,ad,be,cf->...def", blocks, *turns).flatten(-3)

@@ -3,7 +3,8 @@
 W = U S V^T;  W' = U relu(S + delta) V^T (Q1 kron Q2 kron Q3)^T,  delta = 0 and every Q the identity at the start (the
 official code starts delta at 1e-3). Q is moved by Adam on the Stiefel manifold (canonical metric) and projected back
 after every step, so it stays orthogonal; everything else is left to the run's optimizer. The official delta is as long
-as the output, which fails for wide ones; here min(in, out). The paper's QR form is not offered.
+as the output, which fails for wide ones; here min(in, out). `form="qr"` is the paper's other form, of which there is no
+code: W = L Qb, L lower triangular;  W' = (L + B A) Qb (Q1 kron Q2 kron Q3)^T,  A Kaiming uniform, B = 0.
 Use it to personalise a diffusion model: spectrum and directions move, and the weight keeps its geometry.
 """
 
@@ -15,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ...core import fields
-from ...core.experts import PerExpert
-from ...core.init import zeros
+from ...core.experts import of_kind
+from ...core.init import kaiming, zeros
 from ...core.method import WeightMethod
-from ...core.operators.turned_spectrum import TurnedSpectrum
-from ...core.part import Part
+from ...core.operators.turned_spectrum import TurnedFactor, TurnedSpectrum
 from ...core.registry import method
 from ...core.rule import Rule, Run
 from ...core.tuned import Tuned
@@ -30,20 +30,29 @@ OFFICIAL = {640: (8, 8, 10), 768: (6, 8, 16), 1280: (4, 16, 20), 2048: (4, 8, 64
 
 @method("soda", paper="2405.21050", family="structured")
 class SODA(WeightMethod):
-    """A shifted spectrum behind a Kronecker rotation; trains `min(in, out) + n1^2 + n2^2 + n3^2` values a layer."""
+    """A shifted spectrum behind a Kronecker rotation; trains `min(in, out) + n1^2 + n2^2 + n3^2` values a layer.
+
+    As `qr` it is `rank (min(in, out) + out)` values instead of `min(in, out)`.
+    """
 
     refuses = ("mamba",)
 
+    form: str = fields.choice("svd", ("svd", "qr"), "what is moved beside the directions: the spectrum, or L")
+    rank: int = fields.positive(8, "inner dimension of L's change; qr only")
     beta1: float = fields.fraction(0.9, "smoothing of the rotations' gradient")
     beta2: float = fields.fraction(0.999, "smoothing of its square")
     rotation_lr_scale: float = fields.number(1.0, "learning rate of the rotations relative to the run's", above=0)
     on: Any = fields.sites("attention")
 
-    def delta(self, weight: Weight) -> TurnedSpectrum:
-        n = min(weight.fan_in, weight.fan_out)
-        turns = [torch.eye(side) for side in sides(weight.fan_in)]
+    def delta(self, weight: Weight) -> TurnedSpectrum | TurnedFactor:
+        fan_out, fan_in, n = weight.fan_out, weight.fan_in, min(weight.fan_in, weight.fan_out)
+        q1, q2, q3 = (torch.eye(side) for side in sides(fan_in))
         prints = zeros(n).to(weight.dense())
-        made = TurnedSpectrum(zeros(n), turns[0], turns[1], turns[2], prints, weight.fan_out, weight.fan_in)
+        if self.form == "svd":
+            made = TurnedSpectrum(zeros(n), q1, q2, q3, prints, fan_out, fan_in)
+        else:
+            a, b = kaiming(self.rank, n), zeros(fan_out, self.rank)
+            made = TurnedFactor(a, b, q1, q2, q3, prints, fan_out, fan_in)
         made.settle(weight)
         return made
 
@@ -54,7 +63,9 @@ class SODA(WeightMethod):
         return [Stiefel(self)]
 
     def count(self, weight: Weight) -> int:
-        return min(weight.fan_in, weight.fan_out) + sum(side**2 for side in sides(weight.fan_in))
+        n = min(weight.fan_in, weight.fan_out)
+        moved = n if self.form == "svd" else self.rank * (n + weight.fan_out)
+        return moved + sum(side**2 for side in sides(weight.fan_in))
 
 
 def sides(width: int) -> tuple[int, int, int]:
@@ -114,17 +125,12 @@ class Stiefel(Rule):
         self.moments, self.steps = dict(state["moments"]), state["steps"]
 
 
-def _parts(tuned: Tuned) -> Iterator[tuple[str, Part]]:
-    for name, part in tuned.named_parts():
-        kind = part.kind if isinstance(part, PerExpert) else type(part).__name__
-        if kind == TurnedSpectrum.__name__:
-            yield name, part
-
-
 def rotations(tuned: Tuned) -> Iterator[tuple[str, nn.Parameter]]:
     """Name and value of every rotation."""
-    return ((f"{name}.{key}", part.get_parameter(key)) for name, part in _parts(tuned) for key in ("q1", "q2", "q3"))
+    parts = of_kind(tuned.named_parts(), TurnedSpectrum, TurnedFactor)
+    return ((f"{name}.{key}", part.get_parameter(key)) for name, part in parts for key in ("q1", "q2", "q3"))
 
 
 def _spectra(tuned: Tuned) -> Iterator[tuple[Tensor, Tensor]]:
-    return ((part.get_buffer("s"), part.get_parameter("shift")) for _, part in _parts(tuned))
+    parts = of_kind(tuned.named_parts(), TurnedSpectrum)
+    return ((part.get_buffer("s"), part.get_parameter("shift")) for _, part in parts)
