@@ -10,16 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ...model.weights import Weight
 from ..part import Delta
-
-WORTHWHILE = 32
-"""Side of a block from which on products of single blocks are fast."""
+from .low_rank import base_product, plain
+from .recompute import recomputed
+from .turning import joined, turned_blocks, turned_linear
 
 
 class Rotation(Delta):
@@ -61,23 +62,73 @@ class Householder(Rotation):
 
     def units(self) -> Tensor:
         """The unit vectors, `in x r`."""
+        return self._units(self.u)
+
+    def _units(self, u: Tensor) -> Tensor:
         if not self.orthogonal:
-            return self.u / self.u.norm(dim=0)
+            return u / u.norm(dim=0)
         columns: list[Tensor] = []
-        for column in self.u.unbind(1):
+        for column in u.unbind(1):
             for done in columns:
                 column = column - (done @ column) * done
             columns.append(column / column.norm())
         return torch.stack(columns, dim=1)
 
-    def turned(self, x: Tensor, *, back: bool = False) -> Tensor:
-        with _exact(self.u):
-            u = self.units()
+    def compact(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The unit vectors U and the core C of `R = I - U C U^T`, made of `in x r`."""
+        with _exact(u):
+            u = self._units(u)
             one = torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
-            core = 2 * one if self.orthogonal else torch.linalg.inv(torch.triu(u.T @ u, 1) + one / 2)
-        u, core = u.to(x.dtype), core.to(x.dtype)
+            return u, 2 * one if self.orthogonal else torch.linalg.inv(torch.triu(u.T @ u, 1) + one / 2).T
+
+    def turned(self, x: Tensor, *, back: bool = False) -> Tensor:
+        u, core = (tensor.to(x.dtype) for tensor in self.compact(self.u))
         flat = x.reshape(-1, x.shape[-1])
-        return torch.addmm(flat, flat @ u @ (core if back else core.T), u.T, alpha=-1).view(x.shape)
+        return torch.addmm(flat, flat @ u @ (core.T if back else core), u.T, alpha=-1).view(x.shape)
+
+    def with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        if not plain(self, x) or weight.dtype != x.dtype:
+            return None
+        return _ReflectedLinear.apply(x, weight, bias, self, self.u)  # type: ignore[return-value]
+
+
+class _ReflectedLinear(torch.autograd.Function):
+    """`(x - x U C U^T) W^T + bias`, W and bias frozen; keeps x and `x U`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, part: Householder, raw: Tensor) -> Tensor:
+        u, core = (tensor.to(x.dtype) for tensor in part.compact(raw.detach()))
+        flat = x.reshape(-1, x.shape[-1])
+        z = flat @ u
+        ctx.part = part
+        ctx.save_for_backward(x if ctx.needs_input_grad[4] else None, z, weight, raw)
+        return base_product(torch.addmm(flat, z @ core, u.T, alpha=-1).view(x.shape), weight, bias)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, z, weight, raw = ctx.saved_tensors
+        g = gradients[0].reshape(-1, gradients[0].shape[-1])
+        with torch.enable_grad():
+            raw = raw.detach().requires_grad_()
+            exact_u, exact_core = ctx.part.compact(raw)
+        u, core = exact_u.detach().to(g.dtype), exact_core.detach().to(g.dtype)
+        pulled = g @ weight  # the gradient of what the layer reads
+        p = pulled @ u
+        dz = p @ core.T
+        du = None
+        if x is not None:
+            made = torch.cat([z @ core, dz], dim=1).T
+            # Rows of U^T's gradient: what its use on the way out contributes, and what that on the way in does.
+            outwards = made[: len(core)] @ pulled
+            du = outwards.add_(made[len(core) :] @ x.reshape(-1, x.shape[-1])).T.to(raw.dtype).neg()
+            dcore = (z.T @ p).to(raw.dtype).neg()
+            trained = [t for t in (exact_u, exact_core) if t.requires_grad]
+            (du,) = torch.autograd.grad(trained, raw, [du, dcore][: len(trained)])
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = pulled.addmm_(dz, u.T, alpha=-1).view(*gradients[0].shape[:-1], weight.shape[-1])
+        return dx, None, None, None, du
 
 
 def _exact(tensor: Tensor) -> AbstractContextManager:
@@ -94,8 +145,11 @@ def cayley(skew: Tensor) -> Tensor:
 
 def neumann(skew: Tensor, terms: int) -> Tensor:
     """The first terms of the Cayley series, `I + 2 K + 2 K^2 + ... + 2 K^(terms-2) + K^(terms-1)`."""
-    result = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device) + 2 * skew
-    power = skew
+    one = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+    if terms == 5:  # two products instead of three
+        square = skew @ skew
+        return one + 2 * skew + square @ (2 * (one + skew) + square)
+    result, power = one + 2 * skew, skew
     for last in range(2, terms):
         power = power @ skew
         result = result + (power if last == terms - 1 else 2 * power)
@@ -125,12 +179,7 @@ class BlockRotation(Rotation):
 
     def rotations(self) -> Tensor:
         """The blocks, `blocks x b x b` (`1 x b x b` where shared)."""
-        rows, columns = torch.triu_indices(self.block, self.block, 1, device=self.k.device)
-        upper = self.k.new_zeros(len(self.k), self.block**2).index_copy(1, rows * self.block + columns, self.k)
-        upper = upper.unflatten(1, (self.block, self.block))
-        with _exact(upper):
-            skew = upper - upper.mT
-            return cayley(skew) if self.terms is None else neumann(skew, self.terms)
+        return self._rotations(self.k)
 
     def strain(self, eps: float) -> Tensor:
         """`||K||_F sqrt(blocks) / eps` of every block, `blocks x 1`; COFT wants at most 1."""
@@ -142,9 +191,24 @@ class BlockRotation(Rotation):
         """Project every block's skew-symmetric matrix back onto `||K||_F <= eps / sqrt(blocks)`."""
         self.k.div_(self.strain(eps).clamp(min=1))
 
+    def _rotations(self, k: Tensor) -> Tensor:
+        rows, columns = torch.triu_indices(self.block, self.block, 1, device=k.device)
+        upper = k.new_zeros(len(k), self.block**2).index_copy(1, rows * self.block + columns, k)
+        upper = upper.unflatten(1, (self.block, self.block))
+        with _exact(upper):
+            skew = upper - upper.mT
+            return cayley(skew) if self.terms is None else neumann(skew, self.terms)
+
     def turned(self, x: Tensor, *, back: bool = False) -> Tensor:
         r = self.rotations().to(x.dtype)
         return turned_blocks(x.unflatten(-1, (-1, self.block)), r.mT if back else r).flatten(-2)
+
+    def with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        if not plain(self, x) or weight.dtype != x.dtype:
+            return None
+        blocks = self.width // self.block
+        r = recomputed(lambda k: joined(self._rotations(k).to(x.dtype), blocks), self.k)
+        return turned_linear(x, weight, bias, r)
 
 
 class Butterfly(Rotation):
@@ -162,9 +226,7 @@ class Butterfly(Rotation):
         self.p, self.s = nn.Parameter(p), nn.Parameter(s)
 
     def turned(self, x: Tensor, *, back: bool = False) -> Tensor:
-        # The sign under which m = 1 agrees with the field's other implementation.
-        with _exact(self.p):
-            r = cayley((self.p.mT - self.p) / 2).to(x.dtype)
+        r = self._rotations(self.p).to(x.dtype)
         order = range(len(r)) if back else reversed(range(len(r)))
         for i in order:
             x = _stage(x, r[i].mT if back else r[i], i)
@@ -174,24 +236,22 @@ class Butterfly(Rotation):
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         return (self.turned(wide, back=True) * self.s.to(wide.dtype).unsqueeze(-1)).to(weight.dtype)
 
+    def _rotations(self, p: Tensor) -> Tensor:
+        # The sign under which m = 1 agrees with the field's other implementation.
+        with _exact(p):
+            return cayley((p.mT - p) / 2)
+
+    def with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        if len(self.p) > 1 or not plain(self, x) or weight.dtype != x.dtype:
+            return None
+        blocks = self.p.shape[1]
+        r = recomputed(lambda p: joined(self._rotations(p[0]).to(x.dtype), blocks), self.p)
+        return turned_linear(x, weight, bias, r, self.s)
+
     def around(self, call: Callable[[Tensor], Tensor], x: Tensor, weight: Weight) -> Tensor | None:
         y, bias = call(self.turned(x)), weight.bias()
         s = self.s.to(y.dtype)
         return y * s if bias is None else torch.addcmul(bias - bias * s, y, s)  # the bias is not scaled
-
-
-def turned_blocks(x: Tensor, r: Tensor) -> Tensor:
-    """`x R` block by block: `... x blocks x b` by `blocks x b x b`, or by `1 x b x b` for all blocks alike."""
-    blocks, b = x.shape[-2:]
-    # Many tiny products are slower than fewer of some size, even with zeros in them.
-    several = max(d for d in range(1, max(WORTHWHILE // b, 1) + 1) if blocks % d == 0)
-    if several > 1:
-        one = torch.eye(several, dtype=r.dtype, device=r.device).view(1, several, 1, several, 1)
-        wide = r.view(-1, 1 if len(r) == 1 else several, b, 1, b) * one
-        r = wide.reshape(-1, several * b, several * b)
-    joined = x.reshape(-1, blocks // several, several * b)
-    turned = joined @ r[0] if len(r) == 1 else torch.bmm(joined.transpose(0, 1), r).transpose(0, 1)
-    return turned.reshape(x.shape)
 
 
 def _stage(x: Tensor, r: Tensor, i: int) -> Tensor:

@@ -1,0 +1,100 @@
+"""Products with block-diagonal matrices, and a linear layer whose input is turned by one first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .low_rank import base_product
+
+WORTHWHILE = 32
+"""Side of a block from which on products of single blocks are fast."""
+
+
+def joined(r: Tensor, blocks: int) -> Tensor:
+    """The same block-diagonal matrix in fewer and wider blocks, with zeros in them, where `r`'s are tiny.
+
+    Args:
+        r: `blocks x b x b`, or `1 x b x b` for all blocks alike.
+        blocks: their number.
+
+    Returns:
+        `blocks/k x k b x k b`, or `1 x k b x k b`.
+    """
+    b = r.shape[-1]
+    several = max(d for d in range(1, max(WORTHWHILE // b, 1) + 1) if blocks % d == 0)
+    if several == 1:
+        return r
+    one = torch.eye(several, dtype=r.dtype, device=r.device).view(1, several, 1, several, 1)
+    wide = r.view(-1, 1 if len(r) == 1 else several, b, 1, b) * one
+    return wide.reshape(-1, several * b, several * b)
+
+
+def turned_blocks(x: Tensor, r: Tensor) -> Tensor:
+    """`x R` block by block: `... x blocks x b` by `blocks x b x b`, or by `1 x b x b` for all blocks alike."""
+    r = joined(r, x.shape[-2])
+    pieces = x.reshape(-1, x.shape[-2] * x.shape[-1] // r.shape[-1], r.shape[-1])
+    turned = pieces @ r[0] if len(r) == 1 else torch.bmm(pieces.transpose(0, 1), r).transpose(0, 1)
+    return turned.reshape(x.shape)
+
+
+def turned_linear(x: Tensor, weight: Tensor, bias: Tensor | None, r: Tensor, s: Tensor | None = None) -> Tensor:
+    """`diag(s) W (x R)` for a block-diagonal R, plus a bias that s does not scale; W and the bias are frozen.
+
+    Args:
+        x: `... x in`.
+        weight: W, `out x in`.
+        bias: `out`, or None.
+        r: blocks of R, `blocks x b x b` or `1 x b x b`, in x's dtype.
+        s: `out`, or None for all one.
+    """
+    return _TurnedLinear.apply(x, weight, bias, r, s)  # type: ignore[return-value]
+
+
+class _TurnedLinear(torch.autograd.Function):
+    """Keeps x; R is small, and the product that s scales is made again for the gradient of s."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, r: Tensor, s: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] or ctx.needs_input_grad[4] else None, weight, r, s)
+        turned = _turned(x, r)
+        if s is None:
+            return base_product(turned, weight, bias)[0]
+        y, rows = base_product(turned, weight, None)
+        rows.mul_(s.to(x.dtype))
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, weight, r, s = ctx.saved_tensors
+        g = gradients[0].reshape(-1, gradients[0].shape[-1])
+        ds = dr = dx = None
+        if s is not None:
+            if ctx.needs_input_grad[4]:
+                plain = _turned(x, r).reshape(-1, x.shape[-1]) @ weight.T
+                ds = plain.mul_(g).sum(0).to(s.dtype)
+            g = g * s.to(g.dtype)
+        pulled = g @ weight
+        b = r.shape[-1]
+        # Copies in which every block lies in one piece: products of many strided blocks are far slower than these.
+        pieces = pulled.view(-1, b) if len(r) == 1 else _pieces(pulled, b)
+        if ctx.needs_input_grad[3]:
+            dr = (x.reshape(-1, b) if len(r) == 1 else _pieces(x, b)).mT @ pieces
+            dr = dr.view(r.shape)
+        if ctx.needs_input_grad[0]:
+            dx = pieces @ (r[0] if len(r) == 1 else r).mT
+            dx = (dx if len(r) == 1 else dx.transpose(0, 1)).reshape(*gradients[0].shape[:-1], -1)
+        return dx, None, None, dr, ds
+
+
+def _turned(x: Tensor, r: Tensor) -> Tensor:
+    return turned_blocks(x.unflatten(-1, (-1, r.shape[-1])), r).flatten(-2)
+
+
+def _pieces(x: Tensor, b: int) -> Tensor:
+    """`blocks x tokens x b`, contiguous."""
+    return x.reshape(-1, x.shape[-1] // b, b).transpose(0, 1).contiguous()
