@@ -14,11 +14,11 @@ from torch.autograd.function import once_differentiable
 from torch.fft import irfft, rfft
 
 from ...model.weights import Weight
-from ..part import Delta
+from .effective import Built
 from .low_rank import dropped, kept, plain
 
 
-class Circulant(Delta):
+class Circulant(Built):
     """A block-circulant delta.
 
     Args:
@@ -49,14 +49,46 @@ class Circulant(Delta):
         return self.scale * blocks.transpose(1, 2).reshape(rows * b, columns * b)
 
     def prefers_side(self, tokens: int, weight: Weight) -> bool:
-        # Complex products of small blocks are slow; below this size one more dense product is quicker.
-        return bool(self.dropout and self.training) or self.block >= 32
+        return bool(self.dropout and self.training) or transforms_pay(self.block, tokens, weight)
+
+    def built(self, weight: Tensor) -> Tensor:
+        return with_circulant(weight, self.w.detach(), self.scale)
+
+    def pulled(self, weight: Tensor, change: Tensor) -> tuple[Tensor | None, ...]:
+        return (wrapped_diagonals(change, self.block).to(self.w.dtype).mul_(self.scale),)
 
     def side(self, x: Tensor) -> Tensor:
         if plain(self, x):
             survive, scale = kept(self, x)
             return _Convolve.apply(x, self.w, scale, survive)  # type: ignore[return-value]
         return _forward(dropped(self, x), self.w, self.scale)
+
+
+def transforms_pay(block: int, tokens: int, weight: Weight) -> bool:
+    """Whether transforming activations is cheaper than building the weight and finding its whole gradient."""
+    if block < 32:  # complex products of small blocks are slow
+        return False
+    # Measured on CPUs with matrix units for half precision, in passes over as many values: five transforms a step at
+    # three passes each, against some passes over the weight and its gradient, one product a token.
+    area, half = weight.fan_in * weight.fan_out, weight.dtype.itemsize == 2
+    return 7.5 * tokens * (weight.fan_in + weight.fan_out) < area * (2 + tokens / (400 if half else 24))
+
+
+def with_circulant(weight: Tensor, w: Tensor, scale: float) -> Tensor:
+    """A weight (`out x in`) with circulant blocks added, whose first rows are `w`, `out/b x in/b x b`."""
+    rows, columns, b = w.shape
+    # Read with a row of one value less, a vector repeated over and over is the circulant matrix.
+    flat = (w.to(weight.dtype) * scale).unsqueeze(2).expand(-1, -1, b, -1).contiguous()
+    blocks = flat.as_strided((rows, b, columns, b), (columns * b * b, b - 1, b * b, 1))
+    return torch.add(weight.reshape(rows, b, columns, b), blocks).view(weight.shape)
+
+
+def wrapped_diagonals(matrix: Tensor, b: int) -> Tensor:
+    """Of every block of `b x b` the sums along its diagonals, `out/b x in/b x b`: what `with_circulant` pulls back."""
+    rows, columns = matrix.shape[0] // b, matrix.shape[1] // b
+    blocks = matrix.view(rows, b, columns, 1, b).transpose(1, 2)
+    flat = blocks.expand(-1, -1, -1, 2, -1).contiguous()  # every row twice, so that diagonals need no wrapping
+    return flat.as_strided((rows, columns, b, b), (columns * 2 * b * b, 2 * b * b, 2 * b + 1, 1)).sum(2)
 
 
 def _exact(x: Tensor) -> Tensor:

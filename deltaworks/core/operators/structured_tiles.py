@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from torch.fft import irfft, rfft
 
 from ...model.weights import Weight
-from ..part import Delta
+from .circulant import transforms_pay, with_circulant, wrapped_diagonals
+from .effective import Built
 from .low_rank import dropped
 from .recompute import recomputed
 
 STRUCTURES = ("circulant", "toeplitz", "ldr")
 
 
-class StructuredTiles(Delta):
+class StructuredTiles(Built):
     """A grid of structured tiles.
 
     Args:
@@ -52,8 +53,25 @@ class StructuredTiles(Delta):
         return self._applied(torch.eye(width, dtype=self.a.dtype, device=self.a.device), self.a, self.b).mT
 
     def prefers_side(self, tokens: int, weight: Weight) -> bool:
-        # Complex products of small tiles are slow; below this size one more dense product is quicker.
-        return bool(self.dropout and self.training) or self.a.shape[-1] >= 32
+        if self.dropout and self.training:
+            return True
+        n = self.a.shape[-1]
+        # The other structures' matrices are made by their transforms as well, of as many rows as the weight has inputs.
+        return transforms_pay(n, tokens, weight) if self.structure == "circulant" else n >= 32
+
+    def built(self, weight: Tensor) -> Tensor:
+        if self.structure != "circulant":
+            return self.fold(weight)
+        return with_circulant(weight, _rows((self.b * self.a).detach().squeeze(2)), self.scale)
+
+    def pulled(self, weight: Tensor, change: Tensor) -> tuple[Tensor | None, ...]:
+        a, b = self.a.detach(), self.b.detach()
+        if self.structure != "circulant":
+            with torch.enable_grad():
+                made = self.dense()
+            return torch.autograd.grad(made, (self.a, self.b), change.to(made.dtype))
+        slope = _rows(wrapped_diagonals(change, a.shape[-1])).unsqueeze(2).to(a.dtype).mul_(self.scale)
+        return slope * b, slope * a
 
     def side(self, x: Tensor) -> Tensor:
         return recomputed(self._applied, dropped(self, x), self.a, self.b)
@@ -76,6 +94,11 @@ class StructuredTiles(Delta):
             spectrum = torch.einsum("...ijf,ijf->...if", rfft(inner[..., :n], size), _symmetric(b.squeeze(2)))
             y = irfft(spectrum, size)[..., :n]
         return (y.flatten(-2) * self.scale).to(x.dtype)
+
+
+def _rows(columns: Tensor) -> Tensor:
+    """First rows of circulants from their first columns, and the other way round."""
+    return torch.cat([columns[..., :1], columns[..., 1:].flip(-1)], dim=-1)
 
 
 def _symmetric(v: Tensor) -> Tensor:
