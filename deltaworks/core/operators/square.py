@@ -7,14 +7,16 @@ becomes a block of the output. Inputs that do not fill the last block continue w
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ...model.weights import Weight
 from ..part import Delta
-from .low_rank import dropped
+from .low_rank import base_product, branch_input, dropped, kept, plain
 from .recompute import recomputed
 
 
@@ -30,6 +32,7 @@ class Square(Delta):
 
     settings: ClassVar[tuple[str, ...]] = ("kind", "fan_out", "fan_in", "dropout")
     lean = True
+    scale = 1.0
 
     def __init__(self, m: Tensor, kind: str, fan_out: int, fan_in: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -52,6 +55,20 @@ class Square(Delta):
             return self._product(x, self.m.to(x.dtype))
         return recomputed(self._product, x, self.m.to(x.dtype))
 
+    def with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        if self.kind != "rotate" or not plain(self, x) or weight.dtype != x.dtype:
+            return None
+        survive, scale = kept(self, x)
+        return _SquareLinear.apply(x, weight, bias, self.m, self._blocks, scale, survive)  # type: ignore[return-value]
+
+    def _blocks(self, m: Tensor, dtype: torch.dtype) -> Tensor:
+        """What each block of the input is multiplied by, its turn and M in one; those only that the output has."""
+        r = m.shape[0]
+        count = min(-(-self.fan_in // r), -(-self.fan_out // r))
+        cos, sin = (table.unsqueeze(-1) for table in _angles(count, r, torch.promote_types(m.dtype, torch.float32), m))
+        first, second = m.T.chunk(2)
+        return torch.cat([cos * first + sin * second, cos * second - sin * first], dim=1).to(dtype)
+
     def _product(self, x: Tensor, m: Tensor) -> Tensor:
         r = m.shape[0]
         blocks = -(-self.fan_in // r)
@@ -64,9 +81,87 @@ class Square(Delta):
 def _turned(x: Tensor) -> Tensor:
     """Every block (`... x blocks x r`) turned by its position, pairs being r/2 apart, as rotary embeddings are."""
     blocks, r = x.shape[-2:]
-    exact = torch.promote_types(x.dtype, torch.float32)
-    rates = 10000 ** (-torch.arange(0, r, 2, dtype=exact, device=x.device) / r)
-    angles = torch.arange(blocks, dtype=exact, device=x.device).unsqueeze(1) * rates
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    tables = _angles(blocks, r, torch.promote_types(x.dtype, torch.float32), x)
+    cos, sin = (table.to(x.dtype) for table in tables)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _angles(blocks: int, r: int, dtype: torch.dtype, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the turn of every pair of every block, `blocks x r/2`."""
+    rates = 10000 ** (-torch.arange(0, r, 2, dtype=dtype, device=like.device) / r)
+    angles = torch.arange(blocks, dtype=dtype, device=like.device).unsqueeze(1) * rates
+    return angles.cos(), angles.sin()
+
+
+class _SquareLinear(torch.autograd.Function):
+    """`x W^T + bias`, plus `scale` times the blocks of the kept x, continued by its first features, each multiplied by
+    a matrix of its own and put side by side as often as the output is wide. W and bias are frozen; keeps x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        m: Tensor,
+        made_of: Callable[[Tensor, torch.dtype], Tensor],
+        scale: float,
+        survive: Tensor | None,
+    ) -> Tensor:
+        ctx.scale, ctx.made_of = scale, made_of
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, survive, weight, m)
+        blocks = made_of(m.detach(), x.dtype)
+        pieces = _cut(branch_input(x, survive), blocks)
+        made = torch.bmm(pieces, blocks).transpose(0, 1).flatten(1)
+        y, rows = base_product(x, weight, bias)
+        for start in range(0, rows.shape[1], made.shape[1]):
+            part = rows[:, start : start + made.shape[1]]
+            part.add_(made[:, : part.shape[1]], alpha=scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, survive, weight, m = ctx.saved_tensors
+        with torch.enable_grad():
+            m = m.detach().requires_grad_()
+            traced = ctx.made_of(m, gradients[0].dtype)
+        blocks = traced.detach()
+        g = gradients[0].reshape(-1, gradients[0].shape[-1])
+        count, r, _ = blocks.shape
+        width = count * r
+        slope = g[:, :width]
+        if g.shape[1] < width:
+            slope = nn.functional.pad(slope, (0, width - g.shape[1]))
+        elif g.shape[1] > width:
+            slope = slope.clone()
+            for start in range(width, g.shape[1], width):
+                part = g[:, start : start + width]
+                slope[:, : part.shape[1]] += part
+        pieces = slope.reshape(-1, count, r).transpose(0, 1).contiguous()
+        dx = dm = None
+        if ctx.needs_input_grad[3]:
+            dblocks = torch.bmm(_cut(branch_input(x, survive), blocks).contiguous().mT, pieces).mul_(ctx.scale)
+            (dm,) = torch.autograd.grad(traced, m, dblocks)
+        if ctx.needs_input_grad[0]:
+            dx = g @ weight
+            fan_in = dx.shape[1]
+            made = torch.bmm(pieces, blocks.mT).transpose(0, 1).reshape(-1, width).mul_(ctx.scale)
+            for start in range(0, width, fan_in):
+                part = made[:, start : start + fan_in]
+                columns = slice(part.shape[1])
+                if survive is None:
+                    dx[:, columns] += part
+                else:
+                    dx[:, columns] += part * survive.view_as(dx)[:, columns]
+            dx = dx.view(*gradients[0].shape[:-1], fan_in)
+        return dx, None, None, dm, None, None, None
+
+
+def _cut(x: Tensor, blocks: Tensor) -> Tensor:
+    """The first blocks of rows, `blocks x tokens x r`; rows that end too early continue with their first features."""
+    width = blocks.shape[0] * blocks.shape[1]
+    if width > x.shape[1]:
+        x = x.repeat(1, -(-width // x.shape[1]))
+    return x[:, :width].unflatten(1, blocks.shape[:2]).transpose(0, 1)
