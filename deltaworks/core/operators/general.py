@@ -135,8 +135,7 @@ class WeightTerms(Terms, Built):
                 assert up is not None
                 found[f"{name}d"], found[f"{name}u"] = slope @ up.T, down.T @ slope
             else:
-                wide = torch.promote_types(slope.dtype, torch.float32)
-                sums, whole = slope.sum(1, keepdim=True, dtype=wide), torch.zeros_like(down, dtype=wide)
+                sums, whole = slope.sum(1, keepdim=True), torch.zeros_like(down)
                 if sort == "vector":
                     whole[:, :1] = sums
                 else:

@@ -136,9 +136,11 @@ def constant(source: Tensor, dtype: torch.dtype, view: Callable[[Tensor], Tensor
         view: what is taken of it.
         key: names the view, equal for equal views.
     """
-    if torch.compiler.is_compiling() or source.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(source):
+    if torch.compiler.is_compiling() or source.is_meta or type(source) is not Tensor:
         return view(source).to(dtype)
-    known = _CONSTANTS.setdefault(source, {})
+    if source not in _CONSTANTS:
+        _CONSTANTS[source] = {}
+    known: dict[Any, tuple[int, Tensor]] = _CONSTANTS[source]  # type: ignore[assignment]
     found = known.get((dtype, key))
     if found is None or found[0] != source._version:
         with torch.inference_mode(False), torch.no_grad():

@@ -164,12 +164,11 @@ class _ScaledLinear(torch.autograd.Function):
         a, b = ctx.bases(g.dtype)
         inner = d.to(g.dtype)
         gb = g @ (b if l is None else b * l.to(b.dtype).unsqueeze(-1))
-        wide = torch.promote_types(g.dtype, torch.float32)
-        dd = (gb * z).sum(0, dtype=wide).mul_(ctx.scale).to(d.dtype)
+        dd = (gb * z).sum(0).to(d.dtype).mul_(ctx.scale)
         dl = None
         if l is not None:
             # The columns of the branch's last product, before l, have these gradients; B is the same for all rows.
-            dl = (g.T @ (z * inner)).mul_(b).sum(1, dtype=wide).mul_(ctx.scale).to(l.dtype)
+            dl = (g.T @ (z * inner)).mul_(b).sum(1).to(l.dtype).mul_(ctx.scale)
         dx = None
         if ctx.needs_input_grad[0]:
             if weight is None:
