@@ -155,9 +155,15 @@ def plain(delta: Delta, x: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and not x.is_meta  # has no autocast to ask for
         and not torch.is_autocast_enabled(x.device.type)
-        and all(is_ordinary(parameter) for parameter in delta.parameters())
+        and _unwrapped(delta)
         and is_ordinary(x)
     )
+
+
+def _unwrapped(module: nn.Module) -> bool:
+    # `parameters()` would take longer than the products of a small layer.
+    own = all(parameter is None or is_ordinary(parameter) for parameter in module._parameters.values())
+    return own and all(child is None or _unwrapped(child) for child in module._modules.values())
 
 
 class LowRank(Factored):
