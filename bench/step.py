@@ -3,44 +3,77 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import sys
 from typing import Any
 
-from .measure import interleaved, machine, median, ratio, write
+from .measure import forked, interleaved, machine, median, ratio, write
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+NORMS = ["input_layernorm", "post_attention_layernorm"]
+# Widths and depths of the base, then the batch.
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {"hidden": 512, "inner": 1408, "layers": 4, "heads": 8, "kv_heads": 4, "vocabulary": 4096},
     "wide": {"hidden": 1024, "inner": 2816, "layers": 2, "heads": 16, "kv_heads": 8, "vocabulary": 4096},
+    "llama-1b-block": {"hidden": 2048, "inner": 8192, "layers": 1, "heads": 32, "kv_heads": 8, "vocabulary": 4096},
     "llama-3.2-3b": {"hidden": 3072, "inner": 8192, "layers": 28, "heads": 24, "kv_heads": 8, "vocabulary": 128256},
 }
 
-# method -> (our settings, PEFT's configuration class and settings), equal in meaning.
-COMMON: dict[str, tuple[dict[str, Any], str | None, dict[str, Any]]] = {
-    "lora": ({"rank": 8, "alpha": 16}, "LoraConfig", {"r": 8, "lora_alpha": 16, "target_modules": LINEAR}),
-    "dora": (
+# method -> (our settings, PEFT's configuration class, its settings), equal in meaning.
+Pair = tuple[dict[str, Any], str, dict[str, Any]]
+COMMON: dict[str, Pair] = {
+    "lora": ({"rank": 8, "alpha": 16}, "LoraConfig", {"r": 8, "lora_alpha": 16}),
+    "rslora": ({"rank": 8, "alpha": 16}, "LoraConfig", {"r": 8, "lora_alpha": 16, "use_rslora": True}),
+    "dora": ({"rank": 8, "alpha": 16}, "LoraConfig", {"r": 8, "lora_alpha": 16, "use_dora": True}),
+    "pissa": (
         {"rank": 8, "alpha": 16},
         "LoraConfig",
-        {"r": 8, "lora_alpha": 16, "use_dora": True, "target_modules": LINEAR},
+        {"r": 8, "lora_alpha": 16, "init_lora_weights": "pissa_niter_4"},
     ),
+    "olora": ({"rank": 8, "alpha": 16}, "LoraConfig", {"r": 8, "lora_alpha": 16, "init_lora_weights": "olora"}),
     "adalora": (
-        {"rank": 12, "target_rank": 8},
+        {"init_rank": 12, "target_rank": 8},
         "AdaLoraConfig",
-        {"init_r": 12, "target_r": 8, "total_step": 1000, "target_modules": LINEAR},
+        {"init_r": 12, "target_r": 8, "total_step": 1000, "tinit": 150, "tfinal": 450},
     ),
-    "vera": ({"rank": 256}, "VeraConfig", {"r": 256, "target_modules": LINEAR}),
-    "fourierft": ({"count": 1000}, "FourierFTConfig", {"n_frequency": 1000, "target_modules": LINEAR}),
-    "c3a": ({"block": 128}, "C3AConfig", {"block_size": 128, "target_modules": LINEAR}),
+    "vera": ({"rank": 256}, "VeraConfig", {"r": 256}),
+    "randlora": ({"rank": 32}, "RandLoraConfig", {"r": 32}),
+    "vb_lora": (
+        {"vectors": 90, "length": 128},
+        "VBLoRAConfig",
+        {"r": 4, "num_vectors": 90, "vector_length": 128},
+    ),
+    "miss": ({"rank": 64}, "MissConfig", {"r": 64}),
+    "bone_bat": ({"rank": 64}, "MissConfig", {"r": 64, "init_weights": "bat"}),
+    "glora": ({"rank": 4}, "GloraConfig", {"r": 4}),
+    "fourierft": ({"n": 1000}, "FourierFTConfig", {"n_frequency": 1000}),
+    "c3a": ({"block": 128}, "C3AConfig", {"block_size": 128}),
+    "oft": ({"block": 32}, "OFTConfig", {"oft_block_size": 32}),
+    "boft": ({"block": 4}, "BOFTConfig", {"boft_block_size": 4}),
+    "hra": ({"rank": 8}, "HRAConfig", {"r": 8}),
+    "loha": ({"rank": 8}, "LoHaConfig", {"r": 8}),
+    "lokr": ({"rank": 8}, "LoKrConfig", {"r": 8}),
     "ia3": (
         {},
         "IA3Config",
         {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
     ),
-    "layernorm": ({"which": "all"}, "LNTuningConfig", {}),
-    "prompt_tuning": ({"tokens": 20}, "PromptTuningConfig", {"num_virtual_tokens": 20}),
-    "prefix_tuning": ({"tokens": 20}, "PrefixTuningConfig", {"num_virtual_tokens": 20}),
+    "layernorm": ({"on": ["attention.norm", "mlp.norm"]}, "LNTuningConfig", {"target_modules": NORMS}),
+    "prompt_tuning": ({"length": 20}, "PromptTuningConfig", {"num_virtual_tokens": 20}),
+    "prefix_tuning": (
+        {"length": 20},
+        "PrefixTuningConfig",
+        {"num_virtual_tokens": 20, "prefix_projection": True, "encoder_hidden_size": 512},
+    ),
 }
+# Methods that PEFT does not have and whose papers take higher ranks: measured at LoRA's. All others at their defaults,
+# without dropout.
+RANKED = ("inttune", "loldu", "mtlora", "nlora", "qlora", "qr_lora", "slora_structured", "switchlora")
+UNTARGETED = ("PromptTuningConfig", "PrefixTuningConfig")
+# LoRA once more: with the loss as `deltaworks tune` computes it, without logits, and beside a PEFT whose factors are
+# stored in the base's dtype, where by default they are float32 and the activations are cast to it.
+LEAN_LOSS, LOW = "lora, loss without logits", "lora, factors in the base's dtype"
 
 
 def sides(shape: dict[str, Any], methods: list[str] | None) -> dict[str, dict[str, Any]]:
@@ -48,21 +81,65 @@ def sides(shape: dict[str, Any], methods: list[str] | None) -> dict[str, dict[st
     from deltaworks import methods as registry
 
     found: dict[str, dict[str, Any]] = {"frozen": shape | {"side": "frozen"}, "full": shape | {"side": "full"}}
+    unknown = sorted(set(methods or ()) - set(registry()))
+    if unknown:
+        raise SystemExit(f"bench: there is no method {unknown[0]!r}")
     for slug, cls in registry().items():
-        if (methods and slug not in methods) or cls.needs_data or slug in ("full", "mezo"):
+        if (methods and slug not in methods) or slug == "full":
             continue
-        ours, config, theirs = COMMON.get(slug, ({}, None, {}))
+        ours, config, theirs = COMMON.get(slug, ({"rank": 8} if slug in RANKED else {}, "", {}))
+        if "dropout" in {field.name for field in dataclasses.fields(cls)}:
+            ours = {"dropout": 0.0} | ours
         found[f"ours {slug}"] = shape | {"side": "ours", "method": slug, "settings": ours}
-        if config is not None:
-            found[f"peft {slug}"] = shape | {"side": "peft", "config": config, "settings": theirs}
+        if config:
+            targets = {} if config in UNTARGETED else {"target_modules": LINEAR}
+            found[f"peft {slug}"] = shape | {"side": "peft", "config": config, "settings": targets | theirs}
+    if "ours lora" in found:
+        found[f"ours {LEAN_LOSS}"] = found["ours lora"] | {"loss": "tune"}
+        found[f"ours {LOW}"], found[f"peft {LOW}"] = found["ours lora"], found["peft lora"] | {"low": True}
     return found
+
+
+def rows(samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """A row a method: figures, and ratios repeat by repeat."""
+    found: dict[str, Any] = {}
+    for name, mine in samples.items():
+        kind, _, slug = name.partition(" ")
+        if kind not in ("ours", "full"):
+            continue
+        row: dict[str, Any] = {"frozen": ratio(mine, samples["frozen"], "seconds"), "seconds": median(mine, "seconds")}
+        if "error" in mine[0]:
+            row["error"] = mine[0]["error"]
+        for figure in ("saved_bytes", "resident_above_base", "trainable", "cuda_peak"):
+            row[figure] = median(mine, figure)
+        if kind == "ours":
+            for figure, key in (("seconds", "full"), ("saved_bytes", "full_saved"), ("resident_above_base", "full_rss")):
+                row[key] = ratio(mine, samples["full"], figure)
+            theirs = samples.get(f"peft {slug}")
+            if theirs is not None:
+                row["peft_frozen"] = ratio(theirs, samples["frozen"], "seconds")
+                row["peft"], row["peft_saved"] = ratio(mine, theirs, "seconds"), ratio(mine, theirs, "saved_bytes")
+                row["peft_resident"] = ratio(mine, theirs, "resident_above_base")
+                row["peft_error"] = theirs[0].get("error")
+        found[slug or "full"] = row
+    return found
+
+
+COLUMNS = {
+    "time / frozen": "frozen",
+    "time / full": "full",
+    "time / PEFT": "peft",
+    "saved / PEFT": "peft_saved",
+    "saved / full": "full_saved",
+}
 
 
 def table(record: dict[str, Any]) -> str:
     """The Markdown table of a record."""
+    shape = record["settings"]
     lines = [
-        f"# Training step, {record['shape']}, {record['settings']['dtype']}, batch {record['settings']['batch']} x "
-        f"{record['settings']['tokens']} tokens",
+        f"# Training step, {record['shape']}: {shape['layers']} layers, {shape['hidden']} wide, {shape['dtype']}, "
+        f"batch {shape['batch']} x {shape['tokens']} tokens",
         "",
         f"{record['machine']['device']}, {record['threads']} threads, {record['repeats']} repeats, "
         f"{record['machine']['date']}, {record['machine']['versions']}; `{record['command']}`",
@@ -70,21 +147,27 @@ def table(record: dict[str, Any]) -> str:
         "Medians over repeats (least to greatest). Time over the frozen base's forward and backward; saved bytes are "
         "what autograd keeps for backward beyond parameters.",
         "",
-        "| method | time / frozen | time / full | time / PEFT | saved bytes / PEFT | saved MB |",
-        "|---|---|---|---|---|---|",
+        f"| method | {' | '.join(COLUMNS)} | saved MB |",
+        f"|---|{'---|' * len(COLUMNS)}---|",
     ]
     for slug, row in record["rows"].items():
-        cells = [_ratio(row.get(key)) for key in ("frozen", "full", "peft", "peft_saved")]
-        saved = "failed: " + row["error"] if "error" in row else f"{row['saved_bytes'] / 1e6:.1f}"
+        cells = [_ratio(row.get(key)) for key in COLUMNS.values()]
+        if row.get("peft_error"):
+            cells[2] = f"PEFT failed: {row['peft_error']}"
+        saved = f"failed: {row['error']}" if "error" in row else f"{(row['saved_bytes'] or 0) / 1e6:.1f}"
         lines.append(f"| {slug} | {' | '.join(cells)} | {saved} |")
-    means = record["geometric_mean_over_peft"]
-    if means:
-        lines += ["", f"Geometric mean of time over PEFT's: {means:.3f}"]
+    for name, mean in record["geometric_means"].items():
+        lines += ["", f"Geometric mean of {name}: {mean:.3f}"]
     return "\n".join(lines)
 
 
 def _ratio(value: dict[str, float] | None) -> str:
     return "" if value is None else f"{value['median']:.3f} ({value['min']:.2f}-{value['max']:.2f})"
+
+
+def _mean(found: dict[str, Any], key: str) -> float | None:
+    values = [row[key]["median"] for row in found.values() if row.get(key)]
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else None
 
 
 def main() -> None:
@@ -93,48 +176,27 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--methods", nargs="*")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--name", default="step")
     options = parser.parse_args()
-    settings = SHAPES[options.shape] | {
-        key: getattr(options, key) for key in ("steps", "batch", "tokens", "dtype")
-    }
-    samples = interleaved("bench.step_worker", sides(settings, options.methods), options.repeats, options.threads)
-    rows: dict[str, Any] = {}
-    for name in samples:
-        kind, _, slug = name.partition(" ")
-        if kind not in ("ours", "full"):
-            continue
-        mine = samples[name]
-        row: dict[str, Any] = {"frozen": ratio(mine, samples["frozen"], "seconds"), "seconds": median(mine, "seconds")}
-        if "error" in mine[0]:
-            row["error"] = mine[0]["error"]
-        else:
-            row["saved_bytes"] = median(mine, "saved_bytes")
-            row["resident_above_base"] = median(mine, "resident_above_base")
-        if kind == "ours":
-            row["full"] = ratio(mine, samples["full"], "seconds")
-            if f"peft {slug}" in samples:
-                theirs = samples[f"peft {slug}"]
-                row["peft"], row["peft_saved"] = ratio(mine, theirs, "seconds"), ratio(mine, theirs, "saved_bytes")
-                row["peft_resident"] = ratio(mine, theirs, "resident_above_base")
-                if "error" in theirs[0]:
-                    row["peft_error"] = theirs[0]["error"]
-        rows[slug or "full"] = row
-    over = [row["peft"]["median"] for row in rows.values() if row.get("peft")]
+    settings = SHAPES[options.shape] | {key: getattr(options, key) for key in ("steps", "batch", "tokens", "dtype")}
+    chosen = sides(settings, options.methods)
+    samples = interleaved("bench.step_worker", chosen, options.repeats, options.threads, forked)
+    found = rows(samples)
+    means = {"time over PEFT's": _mean(found, "peft"), "saved bytes over PEFT's": _mean(found, "peft_saved")}
     record = {
-        "command": " ".join(["python -m bench.step", *sys.argv[1:]]),
+        "command": " ".join(["python -m bench --only step", *sys.argv[1:]]),
         "machine": machine(),
         "shape": options.shape,
         "settings": settings,
         "threads": options.threads,
         "repeats": options.repeats,
-        "rows": rows,
-        "geometric_mean_over_peft": math.exp(sum(map(math.log, over)) / len(over)) if over else None,
+        "rows": found,
+        "geometric_means": {name: mean for name, mean in means.items() if mean is not None},
         "samples": samples,
     }
     write(options.name, record, table(record))

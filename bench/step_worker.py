@@ -7,17 +7,40 @@ saves for backward beyond the base's own parameters, and the resident set above 
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import statistics
 import sys
-import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from .resident import Resident, resident
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PLANNED = 1000  # steps of the run that a measured step is thought to be from
+
+
+@dataclass
+class Side:
+    """What is measured.
+
+    Attributes:
+        model: the base.
+        called: what is called instead of it.
+        parameters: what trains; empty for the frozen base.
+        tuned: our handle, for a method's rules.
+    """
+
+    model: nn.Module
+    called: nn.Module
+    parameters: list[nn.Parameter]
+    tuned: Any = None
 
 
 def base(settings: dict[str, Any]) -> nn.Module:
@@ -43,45 +66,83 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def adapt(model: nn.Module, settings: dict[str, Any]) -> tuple[nn.Module, list[nn.Parameter]]:
-    """Apply the side; returns the model to call and what trains."""
+def adapt(model: nn.Module, settings: dict[str, Any], batch: dict[str, torch.Tensor]) -> Side:
+    """Apply the side."""
     side = settings["side"]
     if side == "frozen":
         model.requires_grad_(False)
-        return model, []
+        return Side(model, model, [])
     if side == "full":
-        return model, list(model.parameters())
+        return Side(model, model, list(model.parameters()))
     if side == "ours":
         import deltaworks as dw
 
-        tuned = dw.attach(model, dw.method(settings["method"], **settings["settings"]), seed=0)
-        return model, tuned.parameters()
+        method = dw.method(settings["method"], **settings["settings"])
+        tuned = dw.attach(model, method, data=[batch] * 2 if method.needs_data else None, seed=0)
+        return Side(model, model, tuned.parameters(), tuned)
     import peft
 
     config = getattr(peft, settings["config"])(task_type="CAUSAL_LM", **settings["settings"])
-    wrapped = peft.get_peft_model(model, config)
-    return wrapped, [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    wrapped: Any = peft.get_peft_model(model, config, autocast_adapter_dtype=not settings.get("low", False))
+    return Side(model, wrapped, [parameter for parameter in wrapped.parameters() if parameter.requires_grad])
 
 
-class Resident(threading.Thread):
-    """Watches the peak resident set."""
+def loss_of(side: Side, settings: dict[str, Any], batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The loss of the batch, with gradients towards the inputs where nothing else has any."""
+    ids = batch["input_ids"]
+    if settings["side"] == "frozen":
+        embed: Any = side.model.get_input_embeddings()  # type: ignore[operator]
+        return side.called(inputs_embeds=embed(ids).detach().requires_grad_(), labels=ids).loss
+    if settings.get("loss") == "tune":
+        from deltaworks.training.head import head_of, next_token_loss
 
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.peak, self.stopped = 0, False
-
-    def run(self) -> None:
-        import psutil
-
-        process = psutil.Process()
-        while not self.stopped:
-            self.peak = max(self.peak, process.memory_info().rss)
-            time.sleep(0.002)
+        head = head_of(side.model)
+        assert head is not None
+        return next_token_loss(side.model, head, batch)
+    if settings.get("config") in ("PromptTuningConfig", "PrefixTuningConfig"):
+        return side.called(attention_mask=torch.ones_like(ids), **batch).loss
+    return side.called(**batch).loss
 
 
-def saved_bytes(model: nn.Module, step: Any) -> int:
+def stepper(side: Side, settings: dict[str, Any], batch: dict[str, torch.Tensor]) -> Callable[[], None]:
+    """One training step of the side: forward, backward, optimizer, and whatever its method does beside them."""
+    optimizer = torch.optim.AdamW(side.parameters, lr=1e-4, fused=True) if side.parameters else None
+    rules = side.tuned.run(total_steps=PLANNED, optimizer=optimizer) if side.tuned is not None else None
+    allocate = getattr(getattr(side.called, "base_model", None), "update_and_allocate", None)
+    count = itertools.count()
+    if rules is not None:
+        rules.emit("attached")
+
+    def step() -> None:
+        if rules is not None:
+            rules.emit("step_begin")
+            if rules.owner is not None:
+                with torch.no_grad():
+                    rules.owner.own_step(rules.run, lambda: loss_of(side, settings, batch), 1e-4)
+                rules.emit("step_end")
+                return
+        loss = loss_of(side, settings, batch)
+        extra = rules.penalty() if rules is not None else None
+        (loss if extra is None else loss + extra).backward()
+        if rules is not None:
+            rules.emit("gradients")
+        if optimizer is not None:
+            optimizer.step()
+        if rules is not None:
+            rules.emit("step_end")
+        if allocate is not None:  # AdaLoRA's part of a step, as PEFT asks its users to call it
+            allocate(next(count))
+        if optimizer is not None:
+            optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def saved_bytes(side: Side, loss: Callable[[], torch.Tensor]) -> int:
     """Bytes of distinct storages autograd keeps for backward, parameters and buffers left out."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    if side.tuned is not None and any(rule.owns_step for rule in side.tuned.rules):
+        return 0  # its steps have no backward
+    own = {t.untyped_storage().data_ptr() for t in (*side.called.parameters(), *side.called.buffers())}
     seen: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -91,67 +152,49 @@ def saved_bytes(model: nn.Module, step: Any) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = step()
+        value = loss()
     total = sum(seen.values())
-    loss.backward()
+    value.backward()
     return total
 
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
     """Run the side and report its figures."""
-    import psutil
-
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     model = base(settings)
-    process = psutil.Process()
-    loaded = process.memory_info().rss
-    called, parameters = adapt(model, settings)
-    called.train()
-    trained = sum(parameter.numel() for parameter in parameters)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4) if parameters else None
+    loaded = resident()
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, settings["vocabulary"], (settings["batch"], settings["tokens"]), generator=generator)
     ids = ids.to(device())
-    embed = model.get_input_embeddings()
-    prompted = settings.get("config") in ("PromptTuningConfig", "PrefixTuningConfig")
-
-    def forward() -> torch.Tensor:
-        if settings["side"] == "frozen":
-            return called(inputs_embeds=embed(ids).detach().requires_grad_(), labels=ids).loss
-        if prompted:
-            return called(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
-        return called(input_ids=ids, labels=ids).loss
-
-    def step() -> None:
-        loss = forward()
-        loss.backward()
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
+    batch = {"input_ids": ids, "labels": ids}
+    side = adapt(model, settings, batch)
+    side.called.train()
+    step = stepper(side, settings, batch)
     for _ in range(2):
         step()
     watcher = Resident()
     watcher.start()
     times = []
     for _ in range(settings["steps"]):
-        if device() == "cuda":
-            torch.cuda.synchronize()
+        _wait()
         begin = time.perf_counter()
         step()
-        if device() == "cuda":
-            torch.cuda.synchronize()
+        _wait()
         times.append(time.perf_counter() - begin)
-    watcher.stopped = True
-    watcher.join()
     figures = {
         "seconds": statistics.median(times),
-        "saved_bytes": saved_bytes(called, forward),
-        "resident_above_base": max(watcher.peak - loaded, 0),
-        "trainable": trained,
+        "resident_above_base": max(watcher.stop() - loaded, 0),
+        "saved_bytes": saved_bytes(side, lambda: loss_of(side, settings, batch)),
+        "trainable": sum(parameter.numel() for parameter in side.parameters),
     }
     if device() == "cuda":
         figures["cuda_peak"] = torch.cuda.max_memory_allocated()
     return figures
+
+
+def _wait() -> None:
+    if device() == "cuda":
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
