@@ -152,11 +152,12 @@
     const kept = cells.filter((cell) => cell && cell.metric === here.metric);
     const values = kept.map((cell) => cell.place[axis]);
     const numbers = values.length > 1 && values.every((value) => value !== "" && Number(value) > 0);
-    const traces = [];
+    const traces = [], told = [];
     for (const name of study.names.filter((one) => chosen.has(one))) {
       const points = kept.map((cell) => [cell.place[axis], cell.methods.find((one) => one.name === name)])
         .filter(([, one]) => one && one.mean !== null);
       if (!points.length) continue;
+      told.push(`${name} ${points.map(([value, one]) => `${+one.mean.toPrecision(4)} at ${value}`).join(", ")}`);
       const { hex, symbol, dash } = look(name);
       traces.push({ type: "scatter", mode: "lines+markers", name,
         x: points.map(([value]) => (numbers ? Number(value) : value)), y: points.map(([, one]) => one.mean),
@@ -168,6 +169,8 @@
     const arrangement = layout(axis, here.metric);
     if (numbers) Object.assign(arrangement.xaxis, { type: "log", tickvals: values.map(Number), ticktext: values });
     else Object.assign(arrangement.xaxis, { type: "category", categoryorder: "array", categoryarray: values });
+    const plot = document.getElementById(`axis-${number}`);
+    if (plot) plot.setAttribute("aria-label", `${here.metric} by ${axis}: ${told.join("; ") || "nothing is chosen"}.`);
     draw(`axis-${number}`, traces, arrangement);
   }
 

@@ -27,7 +27,7 @@ def study(folder: Path, **keys: Any) -> Study:
         "title": "LoRA & <others>", "paper": "Nobody 2020", "expected": "nothing", "steps": 4, "batch_size": 4,
         "device": "cpu", "samples": 1, "sample_length": 3, "evaluate_every": 2, "validation": 0.2,
         "methods": ["lora", "ia3", {"method": "lora", "name": "nowhere", "settings": {"on": "nothing"}}],
-        "axes": {"limit": [15, 25]}, "seeds": 2, "rates": 2, "rate_steps": 2, "context_examples": 2,
+        "axes": {"limit": [15, 25]}, "seeds": 2, "rates": 2, "rate_steps": 2, "rate_axes": [], "context_examples": 2,
         "domain": places(folder)["data"],
     }  # fmt: skip
     return Study.of(places(folder), given, keys)
