@@ -6,7 +6,7 @@ what is read, with a warning.
 
 | `peft_type` | read as | written for |
 |---|---|---|
-| `LORA` | `lora`, `dora`, `pissa`, `olora` | whatever is a product of two factors, with rank 2r where a start is subtracted |
+| `LORA` | `lora`, `dora`, `pissa`, `olora` | any product of two factors, of rank 2r where a start is subtracted |
 | `ADALORA` | `adalora` | `adalora`, ranks that fell as masks |
 | `VERA`, `VBLORA`, `RANDLORA` | `vera`, `vb_lora`, `randlora` | the same; frozen matrices by their seed |
 | `FOURIERFT`, `C3A` | `fourierft`, `c3a` | the same |
