@@ -110,6 +110,14 @@ class Method:
         """
         return {}
 
+    def group_of(self, name: str) -> dict[str, float]:
+        """The same by a tensor's full name, `<module path>.<label>.<tensor>`, for methods made of others."""
+        return self.group(name.rpartition(".")[2])
+
+    def made_of(self) -> list[Method]:
+        """The methods that this one is made of, if it is."""
+        return []
+
     def settings(self) -> dict[str, Any]:
         """The hyper-parameters as plain values."""
         return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}

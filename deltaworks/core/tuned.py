@@ -184,7 +184,7 @@ class Tuned:
         """
         groups: dict[tuple, dict[str, Any]] = {}
         for name, parameter in self.named_parameters():
-            own = self.method.group(name.rsplit(".", 1)[-1]) if "." in name else self.method.group(name)
+            own = self.method.group_of(name)
             key = tuple(sorted(own.items()))
             group = groups.setdefault(
                 key,

@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from ..core.registry import find
+from ..core.method import Method
 from ..nursery import PREFIX, base_path
 from ..training.recipe import Recipe
 from ..training.tune import FREE
@@ -80,7 +80,7 @@ class Trial:
             "data": mark(self.recipe.data),
             "validation": _file_mark(self.recipe.validation),
             "domain": (self.domain, mark(self.domain)) if self.domain else None,
-            "code": code(find(self.recipe.method).__module__ if self.kind == "tune" else None),
+            "code": code(*sorted(_pages(self.recipe.made())) if self.kind == "tune" else ()),
             "versions": _versions(),
         }
 
@@ -88,6 +88,11 @@ class Trial:
         """Twenty hexadecimal digits, the same for the same work."""
         text = json.dumps(self.content(), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def _pages(method: Method) -> set[str]:
+    """The pages of a method and of those that it is made of."""
+    return {type(method).__module__}.union(*map(_pages, method.made_of()))
 
 
 def _file_mark(value: Any) -> str | None:
@@ -147,13 +152,13 @@ def _revision(name: str, kind: str) -> str:
 
 
 @cache
-def code(page: str | None = None) -> str:
-    """A hash of the sources that a run reaches: those that `training` imports, the nursery's, and a method's page.
+def code(*pages: str) -> str:
+    """A hash of the sources that a run reaches: those that `training` imports, the nursery's, and methods' pages.
 
     Other methods, commands and reports may change without making a result old.
     """
     package = __name__.partition(".")[0]
-    found = _reached({f"{package}.training.tune", f"{package}.study.work", *([page] if page else [])}, package)
+    found = _reached({f"{package}.training.tune", f"{package}.study.work", *pages}, package)
     total = hashlib.sha256()
     for name, path in sorted(found.items()):
         total.update(name.encode() + b"\0" + path.read_bytes())

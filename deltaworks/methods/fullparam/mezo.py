@@ -71,3 +71,6 @@ class MeZO(Method):
 
     def group(self, name: str) -> dict[str, float]:
         return self.inner.group(name)
+
+    def made_of(self) -> list[Method]:
+        return [self.inner]
