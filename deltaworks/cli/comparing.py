@@ -14,6 +14,7 @@ from ..study.compare import Comparison
 from ..study.summary import COSTS, cost_text, interval, sentences, summarise
 
 STAGES = {"rates": "learning rates", "runs": "runs"}
+WIDTH = 108  # of the table; a narrower terminal breaks its lines
 SHOWN = ("trainable", "peak_memory_bytes", "step_seconds")
 
 
@@ -22,6 +23,7 @@ class Progress:
 
     def __init__(self) -> None:
         self.console = Console(highlight=False)
+        self.console.width = max(self.console.width, WIDTH)
         self.bar = Bar(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"),
             TimeRemainingColumn(), console=self.console,
