@@ -1,4 +1,4 @@
-"""Attention heads as things to take out: which rows and columns are theirs, and layers without them."""
+"""Heads and neurons as things to take out: which rows and columns are theirs, and layers without them."""
 
 from __future__ import annotations
 
@@ -60,6 +60,17 @@ def head_masks(found: Heads, gone: Sequence[int]) -> Iterator[tuple[Site, Tensor
         yield found.sites[role], stays.unsqueeze(0) if role == "output" else stays.unsqueeze(1)
 
 
+def neurons(base: Anatomy, block: Block) -> dict[str, Site]:
+    """The weights of a block's feed-forward part by role: gate (if any), up and down; empty without these."""
+    found = {
+        str(site.role).rpartition(".")[2]: site
+        for site in base.sites
+        if site.block == block.index and site.parameter == "weight" and str(site.role).startswith("mlp.")
+    }
+    whole = "up" in found and "down" in found
+    return {role: found[role] for role in ("gate", "up", "down") if whole and role in found}
+
+
 @torch.no_grad()
 def without_heads(model: nn.Module, gone: Mapping[int, Sequence[int]]) -> nn.Module:
     """Take heads out of a model's layers for good, in place: query, key, value and output get smaller.
@@ -71,29 +82,63 @@ def without_heads(model: nn.Module, gone: Mapping[int, Sequence[int]]) -> nn.Mod
     Raises:
         ValueError: when there are adapters, or an attention cannot be made smaller. The model is then unchanged.
     """
-    if find_state(model) is not None:
-        raise ValueError("the model still has adapters; dw.bake(model) first, so that its weights are final")
-    base = describe(model)
-    work: list[tuple[nn.Linear, Tensor, bool]] = []
+    base, work = _bare(model), []
     for number, units in gone.items():
         block = base.blocks[number]
         found = heads(base, block)
-        layers = {role: model.get_submodule(site.path) for role, site in found.sites.items()} if found else {}
-        fused = found is None or any(site.rows is not None for site in found.sites.values())
-        if found is None or fused or any(type(layer) is not nn.Linear for layer in layers.values()):
+        if found is None:
             raise ValueError(f"the heads of {block.path} are no rows of layers of their own and cannot be taken out")
         if len(set(units)) >= found.units:
             raise ValueError(f"{block.path} would lose all its {found.units} heads; leave at least one")
-        for (_, mask), (role, layer) in zip(head_masks(found, units), layers.items(), strict=True):
-            assert isinstance(layer, nn.Linear)
-            work.append((layer, mask.flatten().nonzero().flatten(), role == "output"))
-    for layer, stays, columns in work:
-        stays = stays.to(layer.weight.device)
+        for site, mask in head_masks(found, units):
+            work.append((site, mask.flatten(), mask.shape[0] == 1))
+    return _sliced(model, work, "heads")
+
+
+@torch.no_grad()
+def without_neurons(model: nn.Module, gone: Mapping[int, Sequence[int]]) -> nn.Module:
+    """Take neurons out of a model's feed-forward parts for good, in place: gate, up and down get smaller.
+
+    Args:
+        model: without adapters (`dw.bake` them first).
+        gone: for a block's number, the rows of its up projection that go, not all of them.
+
+    Raises:
+        ValueError: when there are adapters, or a feed-forward part cannot be made smaller. The model is then unchanged.
+    """
+    base, work = _bare(model), []
+    for number, rows in gone.items():
+        found = neurons(base, base.blocks[number])
+        if not found:
+            raise ValueError(f"{base.blocks[number].path} has no feed-forward part of plain layers to make smaller")
+        stays = torch.ones(weight_at(model, found["down"]).fan_in, dtype=torch.bool)
+        stays[list(rows)] = False
+        if not stays.any():
+            raise ValueError(f"{base.blocks[number].path} would lose all its {len(stays)} neurons; leave at least one")
+        work += [(site, stays, role == "down") for role, site in found.items()]
+    return _sliced(model, work, "neurons")
+
+
+def _bare(model: nn.Module) -> Anatomy:
+    if find_state(model) is not None:
+        raise ValueError("the model still has adapters; dw.bake(model) first, so that its weights are final")
+    return describe(model)
+
+
+def _sliced(model: nn.Module, work: Sequence[tuple[Site, Tensor, bool]], what: str) -> nn.Module:
+    """Keep rows (or columns) of linear layers, all of them checked before the first is changed."""
+    layers = [model.get_submodule(site.path) for site, _, _ in work]
+    for layer, (site, _, _) in zip(layers, work, strict=True):
+        if type(layer) is not nn.Linear or site.rows is not None:
+            raise ValueError(f"the {what} of {site.path} are no rows of layers of their own and cannot be taken out")
+    for layer, (_, mask, columns) in zip(layers, work, strict=True):
+        assert isinstance(layer, nn.Linear)
+        stays = mask.nonzero().flatten().to(layer.weight.device)
         layer.weight = nn.Parameter(layer.weight.index_select(int(columns), stays), layer.weight.requires_grad)
         if columns:
             layer.in_features = len(stays)
-        else:
-            layer.out_features = len(stays)
-            if layer.bias is not None:
-                layer.bias = nn.Parameter(layer.bias.index_select(0, stays), layer.bias.requires_grad)
+            continue
+        layer.out_features = len(stays)
+        if layer.bias is not None:
+            layer.bias = nn.Parameter(layer.bias.index_select(0, stays), layer.bias.requires_grad)
     return model

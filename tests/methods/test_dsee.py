@@ -9,10 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import deltaworks as dw
-from deltaworks.core.operators.low_rank_sparse import packed, unpacked
-from deltaworks.core.operators.pruned_weight import Pruned, PrunedLowRankSparse
-from deltaworks.core.shrinking import heads, without_heads
-from deltaworks.methods.structured.dsee import places
+from deltaworks.core.operators.low_rank_sparse import outliers, packed, unpacked
+from deltaworks.core.operators.pruned_weight import Coefficients, Pruned, PrunedLowRankSparse
+from deltaworks.core.shrinking import heads, neurons, without_heads, without_neurons
 from deltaworks.model.anatomy import describe
 from tests.conformance.subject import nudge
 from tests.families import FAMILIES
@@ -39,6 +38,7 @@ def run(model, batch, tuned, steps: int = 6):
     for step in range(1, steps + 1):
         optimizer.zero_grad()
         model(**batch)[0].float().square().mean().backward()
+        rules.emit("gradients")
         optimizer.step()
         rules.emit("step_end")
         yield step
@@ -64,7 +64,7 @@ def test_the_entries_are_what_a_rank_one_decomposition_leaves_of_the_pretrained_
     w = torch.outer(torch.randn(40), torch.randn(30))
     spikes = torch.randperm(1200)[:6]
     w.view(-1)[spikes] += torch.tensor([4.0, -5, 6, 4.5, -4.2, 5.5])
-    assert places(w, 6).tolist() == spikes.sort().values.tolist()
+    assert outliers(w, 6).tolist() == spikes.sort().values.tolist()
     model, _, plain, tuned = attached()
     for name, part in tuned.named_parts():
         if isinstance(part, PrunedLowRankSparse):
@@ -187,6 +187,44 @@ def test_pruned_heads_can_be_taken_out_and_the_work_falls_by_their_share(family:
     assert whole.get_total_flops() - small.get_total_flops() >= 2 * tokens * saved / 2
 
 
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_coefficients_choose_heads_and_neurons_which_can_be_taken_out(family: str) -> None:
+    model, batch, plain, tuned = attached(family, prune="coefficients", ratio=0.5, neurons=0.4, l1=0.1)
+    rule = tuned.rules[0]
+    parts = [part for part in tuned.parts() if isinstance(part, Coefficients)]
+    assert len(parts) == 4 and all(torch.equal(part.c, torch.ones_like(part.c)) for part in parts)
+    total = sum(part.c.numel() for part in parts)
+    assert torch.allclose(rule.penalty(tuned.run(6).run), torch.tensor(0.1 * total))
+    base, lows = describe(model), {}
+    for step in run(model, batch, tuned):
+        if step == 2:
+            for part in parts:
+                with torch.no_grad():
+                    part.c.mul_(torch.rand(part.c.shape, generator=torch.Generator().manual_seed(len(part.c))) + 0.5)
+        if step == 3:
+            held = [part.c.detach().clone() for part in parts]
+            for part in parts:
+                share = 0.5 if part.site.role == "attention.output" else 0.4
+                lows[part] = sorted(part.c.abs().argsort()[: round(share * len(part.c))].tolist())
+                assert (part.stays == 0).nonzero().flatten().tolist() == lows[part] and lows[part]
+    assert all(torch.equal(part.c, c) for part, c in zip(parts, held, strict=True)), "they are fixed once chosen"
+    of_heads, of_neurons = (
+        {part.site.block: low for part, low in lows.items() if part.site.role == role}
+        for role in ("attention.output", "mlp.down")
+    )
+    assert heads(base, base.blocks[0]).units == len(parts[0].c)
+    with torch.no_grad():
+        expected = model(**batch)[0]
+        dw.bake(model)
+        assert torch.allclose(model(**batch)[0], expected, atol=1e-5)
+        without_heads(without_neurons(model, of_neurons), of_heads)
+        assert torch.allclose(model(**batch)[0], expected, atol=1e-5)
+    for role, site in neurons(base, base.blocks[1]).items():
+        small, whole = model.get_submodule(site.path).weight, plain[f"{site.path}.weight"]
+        side = 1 if role == "down" else 0
+        assert small.shape[side] == whole.shape[side] - round(0.4 * whole.shape[side])
+
+
 def test_heads_that_cannot_be_taken_out_are_refused_and_nothing_changes() -> None:
     model, _ = FAMILIES["gpt2"]()
     with pytest.raises(ValueError, match="no rows of layers of their own"):
@@ -211,7 +249,7 @@ def test_a_saved_adapter_brings_its_masks(tmp_path: Path) -> None:
     assert torch.equal(fresh(**batch)[0], expected)
 
 
-@pytest.mark.parametrize("prune", ["entries", "heads"])
+@pytest.mark.parametrize("prune", ["entries", "coefficients"])
 def test_it_resumes_at_any_step_bit_for_bit(prune: str, tmp_path: Path) -> None:
     method = dw.DSEE(**SETTINGS, prune=prune)
     whole, history, _ = trained(method, tmp_path, steps=6)

@@ -204,3 +204,17 @@ def sampled(g: Tensor, x: Tensor, index: Tensor) -> Tensor:
     step = max(1, CHUNK // max(1, len(x)))
     parts = [torch.linalg.vecdot(outs[r], ins[c]) for r, c in zip(rows.split(step), columns.split(step), strict=True)]
     return torch.cat(parts) if parts else outs.new_empty(0)
+
+
+def outliers(w: Tensor, number: int) -> Tensor:
+    """Places of the largest entries that two rounds of a rank-one decomposition leave of W, ascending."""
+    if w.is_meta:
+        return torch.arange(number)
+    v, s = torch.randn(1, w.shape[1]).to(w), torch.zeros_like(w)
+    rest = w
+    for _ in range(2):
+        u = torch.linalg.qr((w - s) @ v.T).Q
+        v = u.T @ (w - s)
+        rest = w - u @ v
+        s = torch.where(rest.abs() < 0.01, 0, rest)
+    return rest.abs().flatten().topk(number).indices.sort().values.cpu()

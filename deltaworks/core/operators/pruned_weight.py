@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...model.weights import Weight
 from ..part import Delta
@@ -126,6 +126,39 @@ class PrunedLowRankSparse(LowRankSparse):
             return None
         settings = (self.values, self.index, self.sparse_scale, self.b.shape[0], self.kept)
         return add_branch(self, x, sparse_linear(x, weight, bias, *settings), self.a, self.b)
+
+
+class Coefficients(Delta):
+    """`W' = W diag(c)`, one coefficient for each unit (a head, a neuron) of what the layer reads; some are taken out.
+
+    Args:
+        c: the coefficients, one a unit.
+        stays: which units are left, one byte each; all without it.
+        width: features of a unit.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ("width",)
+    additive = False
+    lean = True
+    stays: Tensor
+
+    def __init__(self, c: Tensor, stays: Tensor | None = None, width: int = 1) -> None:
+        super().__init__()
+        self.c, self.width = nn.Parameter(c), width
+        self.register_buffer("stays", torch.ones(len(c), dtype=torch.uint8) if stays is None else stays)
+
+    def inputs(self) -> Tensor:
+        """What every feature that the layer reads is multiplied by, `in`."""
+        return (self.c * self.stays).repeat_interleave(self.width)
+
+    def fold(self, weight: Tensor) -> Tensor:
+        return (weight * self.inputs()).to(weight.dtype)
+
+    def prefers_side(self, tokens: int, weight: Weight) -> bool:
+        return self.site.rows is None
+
+    def around(self, call: Callable[[Tensor], Tensor], x: Tensor, weight: Weight) -> Tensor | None:
+        return call(x * self.inputs().to(x.dtype))
 
 
 def _bits(kept: Tensor | None, fan_out: int, fan_in: int) -> Tensor:

@@ -4,8 +4,10 @@ W' = m W + s (B A + S),  s = alpha / rank,  A ~ N(0, 0.02^2), B = 0, S zero but 
 what a rank-one decomposition leaves of the pretrained W (two rounds of GreBsmo). A, B and S train while m = 1; after
 the share `first` of the run the base is pruned and they train on. Entries: the share `ratio` of least magnitude goes,
 over queries and values together (by |W|, or |W + s B A|, or with S as well), and over all other linear layers together.
-Heads: in every layer as many heads as `ratio` says, those with the least sum of magnitudes over their rows of query and
-value, changes included; `core.shrinking.without_heads` then makes the layers smaller. The base itself stays as it is.
+Heads: in every layer as many as `ratio` says, those with the least sum of magnitudes over their rows of query and
+value, changes included, as in the code. Coefficients, as in the paper: every head and every neuron is multiplied by a
+trained one under an L1 penalty; those of least magnitude go in every layer, and what is left stays as it then is.
+`core.shrinking` makes the layers smaller by what went. The base itself stays as it is.
 As in the code one scale is for both terms (which there misses S in places). Merging fills pruned entries with the
 change; `inside=True` keeps them zero by masking the change as well.
 Use it to get a smaller or sparser model and its adaptation in one run.
@@ -20,16 +22,18 @@ from torch import Tensor
 from ...core import fields
 from ...core.init import normal, zeros
 from ...core.method import Method, Placed, label, weight_at
-from ...core.operators.pruned_weight import Pruned, PrunedLowRankSparse
+from ...core.operators.low_rank_sparse import outliers
+from ...core.operators.pruned_weight import Coefficients, Pruned, PrunedLowRankSparse
 from ...core.part import Shared
 from ...core.registry import method
 from ...core.rule import Rule, Run
-from ...core.shrinking import head_masks, heads
+from ...core.shrinking import head_masks, heads, neurons
 from ...core.tuned import Tuned
 from ...model.anatomy import Anatomy, Site, describe
 from ...model.weights import Weight
 
 TRAINED = ("attention.query", "attention.value")
+UNITS = ("attention.output", "mlp.down")
 
 
 @method("dsee", paper="2111.00160", family="structured")
@@ -45,11 +49,13 @@ class DSEE(Method):
     alpha: float = fields.number(32.0, "numerator of the scale alpha / rank", above=0)
     entries: int = fields.positive(64, "N, entries of S that train")
     dropout: float = fields.fraction(0.0, "probability of dropping an input feature of the low-rank branch")
-    prune: str = fields.choice("entries", ("entries", "heads", "nothing"), "what goes")
+    prune: str = fields.choice("entries", ("entries", "heads", "coefficients", "nothing"), "what goes")
     ratio: float = fields.number(
         0.2, "share of the entries, or of the heads, that goes; 0.2 as in the authors' scripts, the paper up to 0.5",
         low=0, high=1,
     )  # fmt: skip
+    neurons: float = fields.number(0.4, "share of the neurons that goes; coefficients only", low=0, high=1)
+    l1: float = fields.number(1e-4, "weight of the coefficients' sum of magnitudes; coefficients only", low=0)
     first: float = fields.number(0.5, "time before pruning: below 1 a share of the run, else steps", low=0)
     score: str = fields.choice("WABS", ("W", "WAB", "WABS"), "whose magnitudes count where a change trains")
     inside: bool = fields.flag(False, "mask the change as well, so that merging keeps what is pruned at zero")
@@ -60,13 +66,19 @@ class DSEE(Method):
             weight = weight_at(base.model, site)
             if site in trained:
                 yield Placed(site, self.delta(weight), label(site))
-            elif self.prune != "nothing" and site.kind == "linear":
+            elif self.prune == "nothing" or site.kind != "linear":
+                continue
+            elif self.prune == "coefficients" and site.role in UNITS and site.block is not None:
+                found = heads(base, base.blocks[site.block])
+                units = weight.fan_in if site.role == UNITS[1] else found.units if found is not None else 1
+                yield Placed(site, Coefficients(torch.ones(units), width=weight.fan_in // units), label(site))
+            else:
                 yield Placed(site, Pruned(weight.fan_out, weight.fan_in), label(site))
 
     def delta(self, weight: Weight) -> PrunedLowRankSparse:
         """The change of one weight; S has its places from the pretrained values."""
         a, b = normal(self.rank, weight.fan_in, std=0.02), zeros(weight.fan_out, self.rank)
-        index = places(weight.matrix().float(), min(self.entries, weight.fan_out * weight.fan_in))
+        index = outliers(weight.matrix().float(), min(self.entries, weight.fan_out * weight.fan_in))
         return PrunedLowRankSparse(a, b, zeros(len(index)), index, self.alpha / self.rank, self.dropout, self.inside)
 
     def rules(self) -> list[Rule]:
@@ -87,20 +99,6 @@ def sites(base: Anatomy, trained: list[Site]) -> list[Site]:
     return sorted(found, key=lambda site: order.get(site, len(order)))
 
 
-def places(w: Tensor, number: int) -> Tensor:
-    """Places of the largest entries that two rounds of a rank-one decomposition leave of W, ascending."""
-    if w.is_meta:
-        return torch.arange(number)
-    v, s = torch.randn(1, w.shape[1]).to(w), torch.zeros_like(w)
-    rest = w
-    for _ in range(2):
-        u = torch.linalg.qr((w - s) @ v.T).Q
-        v = u.T @ (w - s)
-        rest = w - u @ v
-        s = torch.where(rest.abs() < 0.01, 0, rest)
-    return rest.abs().flatten().topk(number).indices.sort().values.cpu()
-
-
 class Pruning(Rule):
     """Prunes once; from then on the masks are in the parts, and nothing changes them."""
 
@@ -112,7 +110,8 @@ class Pruning(Rule):
         if run.step != max(1, run.steps(self.method.first)):
             return
         parts = dict(pruned(run.tuned))
-        masks = self._heads(run.tuned, parts) if self.method.prune == "heads" else self._entries(run.tuned, parts)
+        scored = {"entries": self._entries, "heads": self._heads, "coefficients": self._coefficients}
+        masks = scored[self.method.prune](run.tuned, parts)
         for name, mask in masks.items():
             parts[name].prune(mask)
         zeros = {name: 1 - float(mask.float().mean()) for name, mask in masks.items()}
@@ -141,25 +140,53 @@ class Pruning(Rule):
 
     def _heads(self, tuned: Tuned, parts: dict[str, Any]) -> dict[str, Tensor]:
         """What stays when every layer loses its heads of least magnitude."""
-        base = describe(tuned.model)
-        by_site = {(part.site.path, part.site.rows): name for name, part in parts.items()}
-        masks = {}
+        base, masks = describe(tuned.model), {}
         for block in base.blocks:
             found = heads(base, block)
             if found is None:
                 continue
             scores = torch.zeros(found.units)
-            for role in ("query", "value"):
-                part = parts.get(by_site.get((found.sites[role].path, found.sites[role].rows), ""))
-                if part is not None:
+            for part in parts.values():
+                if part.site in (found.sites["query"], found.sites["value"]):
                     rows = self._magnitude(tuned, part, "WABS").sum(-1).cpu()
                     scores += rows.view(found.units, -1).sum(-1)
             gone = scores.argsort(stable=True)[: round(self.method.ratio * found.units)].tolist()
-            for site, mask in head_masks(found, gone):
-                name = by_site.get((site.path, site.rows))
-                if name is not None:
-                    masks[name] = mask.expand(weight_at(tuned.model, site).shape)
+            masks |= self._spread(tuned, parts, dict(head_masks(found, gone)))
         return masks
+
+    def _coefficients(self, tuned: Tuned, parts: dict[str, Any]) -> dict[str, Tensor]:
+        """What stays when every layer loses its heads and neurons of least coefficient; these are zeroed as well."""
+        base, masks = describe(tuned.model), {}
+        for part in (part for part in tuned.parts() if isinstance(part, Coefficients)):
+            assert part.site.block is not None
+            block, of_heads = base.blocks[part.site.block], part.site.role == UNITS[0]
+            share = self.method.ratio if of_heads else self.method.neurons
+            gone = part.c.abs().argsort(stable=True)[: round(share * len(part.c))]
+            part.stays[gone] = 0
+            found = heads(base, block)
+            if of_heads and found is not None:
+                masks |= self._spread(tuned, parts, dict(head_masks(found, gone.tolist())))
+            elif not of_heads:
+                rows = part.stays.bool().unsqueeze(1)
+                masks |= self._spread(tuned, parts, dict.fromkeys(neurons(base, block).values(), rows))
+        return masks
+
+    def _spread(self, tuned: Tuned, parts: dict[str, Any], masks: dict[Site, Tensor]) -> dict[str, Tensor]:
+        """Masks of rows or columns as masks of entries, of the parts that can be pruned, by name."""
+        names = {part.site: name for name, part in parts.items() if part.site in masks}
+        return {name: masks[site].expand(weight_at(tuned.model, site).shape) for site, name in names.items()}
+
+    def gradients(self, run: Run) -> None:
+        if run.step >= max(1, run.steps(self.method.first)):
+            for part in run.tuned.parts():
+                if isinstance(part, Coefficients):
+                    part.c.grad = None  # the optimizer passes over what has no gradient
+
+    def penalty(self, run: Run) -> Tensor | None:
+        every = [part.c.abs().sum() for part in run.tuned.parts() if isinstance(part, Coefficients)]
+        if not every or not self.method.l1 or run.step >= max(1, run.steps(self.method.first)):
+            return None
+        return self.method.l1 * torch.stack([one.to(every[0].device) for one in every]).sum()
 
 
 def pruned(tuned: Tuned) -> Iterator[tuple[str, Any]]:
