@@ -61,8 +61,9 @@ class DeltaworksMixin(_Base):
             unfuse(model, getattr(self.args, "temperature", None) or 1.0)
         if getattr(self.args, "disable_dropout", False):
             for part in handle.parts():
-                if getattr(part, "dropout", 0.0):
-                    part.dropout = 0.0  # type: ignore[assignment]
+                for kind in ("dropout", "row_dropout", "module_dropout"):
+                    if getattr(part, kind, 0.0):
+                        setattr(part, kind, 0.0)
         self.add_callback(DeltaworksCallback(self))
 
     @property
@@ -284,9 +285,7 @@ def _needs_reference(trainer: type) -> bool:
 
 def _foreign(trainer: type) -> type:
     """The first class of a trainer that is not ours."""
-    return next(
-        cls for cls in trainer.__mro__ if not issubclass(cls, DeltaworksMixin) and issubclass(cls, Trainer)
-    )
+    return next(cls for cls in trainer.__mro__ if not issubclass(cls, DeltaworksMixin) and issubclass(cls, Trainer))
 
 
 class _as_adapted:
@@ -302,4 +301,3 @@ class _as_adapted:
         del self.model._hf_peft_config_loaded
         if self.had is not None:
             self.model._hf_peft_config_loaded = self.had  # type: ignore[assignment]
-

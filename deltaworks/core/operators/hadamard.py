@@ -7,10 +7,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..part import Delta
 from .made import Made
+from .row_dropout import RowDropout
 
 
-class Hadamard(Made):
+class Hadamard(RowDropout, Made):
     """`dW = scale (A1 B1) * (A2 B2)`, elementwise.
 
     It is a product of rank `r^2`: the columns of its factors are all products of a column of A1 and one of A2, the
@@ -21,17 +23,27 @@ class Hadamard(Made):
         a1, a2: `out x r`.
         b1, b2: `r x in`.
         scale: multiplies the product.
+        row_dropout, module_dropout: see `RowDropout`.
     """
 
-    settings: ClassVar[tuple[str, ...]] = ("scale",)
+    settings: ClassVar[tuple[str, ...]] = ("scale", "row_dropout", "module_dropout")
 
-    def __init__(self, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        a1: Tensor,
+        b1: Tensor,
+        a2: Tensor,
+        b2: Tensor,
+        scale: float = 1.0,
+        row_dropout: float = 0.0,
+        module_dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         if a1.shape != a2.shape or b1.shape != b2.shape or a1.shape[1] != b1.shape[0]:
             raise ValueError(f"factors of shapes {[list(t.shape) for t in (a1, b1, a2, b2)]} make no Hadamard product")
         self.a1, self.b1 = nn.Parameter(a1), nn.Parameter(b1)
         self.a2, self.b2 = nn.Parameter(a2), nn.Parameter(b2)
-        self.scale = scale
+        self.scale, self.row_dropout, self.module_dropout = scale, row_dropout, module_dropout
 
     @property
     def rank(self) -> int:
@@ -67,3 +79,40 @@ class Hadamard(Made):
     def _products(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         a1, b1, a2, b2 = (tensor.detach().to(dtype) for tensor in self.sources())
         return a1 @ b1, a2 @ b2
+
+
+class TuckerHadamard(Delta):
+    """The same for a convolution, each product with a core: `dW = scale W1 * W2`, `Wk[o, c, :] = a_k^T t_k b_k`.
+
+    The core holds the kernel, so the factors have the channels alone: `Wk[o, c, u] = sum_ij t_k[i, j, u] a_k[i, o]
+    b_k[j, c]`.
+
+    Args:
+        t1, t2: `r x r x points of the kernel`.
+        a1, a2: `r x out`.
+        b1, b2: `r x channels`.
+        scale: multiplies the product.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ("scale",)
+
+    def __init__(
+        self, t1: Tensor, a1: Tensor, b1: Tensor, t2: Tensor, a2: Tensor, b2: Tensor, scale: float = 1.0
+    ) -> None:
+        super().__init__()
+        rank = len(a1)
+        if t1.shape != t2.shape or a1.shape != a2.shape or b1.shape != b2.shape or t1.shape[:2] != (rank, len(b1)):
+            shapes = [list(t.shape) for t in (t1, a1, b1, t2, a2, b2)]
+            raise ValueError(
+                f"cores and factors {shapes} make no product; they are r x r x k, r x out, r x c"
+            )
+        self.t1, self.a1, self.b1 = nn.Parameter(t1), nn.Parameter(a1), nn.Parameter(b1)
+        self.t2, self.a2, self.b2 = nn.Parameter(t2), nn.Parameter(a2), nn.Parameter(b2)
+        self.scale = scale
+
+    def dense(self) -> Tensor:
+        first, second = (
+            torch.einsum("iju,io,jc->ocu", t, a, b)
+            for t, a, b in ((self.t1, self.a1, self.b1), (self.t2, self.a2, self.b2))
+        )
+        return (self.scale * first * second).flatten(1)

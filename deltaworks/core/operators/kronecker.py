@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ...model.weights import Weight
-from ..part import Delta
 from .recompute import recomputed
+from .row_dropout import RowDropout
 
 
-class Kronecker(Delta):
+class Kronecker(RowDropout):
     """`dW = scale kron(W1, W2)`, either factor full or a product of two thin ones.
 
     On activations: with `X` the input as `i1 x i2`, the output is `W1 X W2^T`. Backward keeps the input alone.
@@ -21,9 +21,10 @@ class Kronecker(Delta):
         w1: `o1 x i1`, or None with `w1_a` (`o1 x r`) and `w1_b` (`r x i1`).
         w2: `o2 x i2`, or None with `w2_a` (`o2 x r`) and `w2_b` (`r x i2`).
         scale: multiplies the product.
+        row_dropout, module_dropout, rescale: see `RowDropout`.
     """
 
-    settings: ClassVar[tuple[str, ...]] = ("scale",)
+    settings: ClassVar[tuple[str, ...]] = ("scale", "row_dropout", "module_dropout", "rescale")
     lean = True
 
     def __init__(
@@ -35,8 +36,12 @@ class Kronecker(Delta):
         w2_a: Tensor | None = None,
         w2_b: Tensor | None = None,
         scale: float = 1.0,
+        row_dropout: float = 0.0,
+        module_dropout: float = 0.0,
+        rescale: bool = True,
     ) -> None:
         super().__init__()
+        self.row_dropout, self.module_dropout, self.rescale = row_dropout, module_dropout, rescale
         for name, whole, left, right in (("w1", w1, w1_a, w1_b), ("w2", w2, w2_a, w2_b)):
             if (whole is None) == (left is None or right is None) or (left is None) != (right is None):
                 raise ValueError(f"a Kronecker product needs {name} or both {name}_a and {name}_b")
@@ -66,10 +71,10 @@ class Kronecker(Delta):
     def prefers_side(self, tokens: int, weight: Weight) -> bool:
         # Building the weight costs its gradient, tokens * out * in, which a frozen base does without.
         first, second = (factor.shape for factor in self.factors())
-        return 3 * _cost(first, second) < weight.fan_in * weight.fan_out
+        return self.dropping() or 3 * _cost(first, second) < weight.fan_in * weight.fan_out
 
     def side(self, x: Tensor) -> Tensor:
-        return recomputed(self._applied, x, *self._tensors())
+        return self.thinned(recomputed(self._applied, x, *self._tensors()))
 
     def _applied(self, x: Tensor, *tensors: Tensor) -> Tensor:
         first, second = (factor.to(x.dtype) for factor in self._factors(*tensors))

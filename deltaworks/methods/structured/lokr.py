@@ -12,6 +12,7 @@ from ...core import fields
 from ...core.init import kaiming, zeros
 from ...core.method import WeightMethod
 from ...core.operators.kronecker import Kronecker
+from ...core.operators.row_dropout import tell
 from ...core.registry import method
 from ...model.weights import CONVOLUTIONS, Weight
 
@@ -25,6 +26,9 @@ class LoKr(WeightMethod):
     factor: int = fields.whole(-1, "smaller part of each side, where it divides it; -1 for nearest to square", low=-1)
     both: bool = fields.flag(False, "the first factor may be low-rank as well")
     init: str = fields.choice("peft", ("peft", "lycoris"), "whose starting values and scale")
+    row_dropout: float = fields.fraction(0.0, "probability of dropping each row of the change; linear layers only")
+    module_dropout: float = fields.fraction(0.0, "probability of dropping a layer's whole change; linear layers only")
+    rescale: bool = fields.flag(False, "divide the rows that stay by their share")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -32,12 +36,15 @@ class LoKr(WeightMethod):
             raise ValueError("lokr: factor=0 is not allowed; it must be -1 or a whole number of at least 1")
 
     def delta(self, weight: Weight) -> Kronecker:
+        if self.row_dropout or self.module_dropout:
+            tell(self.slug, weight)
         made = self._shapes(weight)
         lycoris = self.init == "lycoris"
         scale = 1.0 if lycoris and made.keys() == {"w1", "w2"} else self.alpha / self.rank
         nothing = ("w2", "w2_b") if lycoris else ("w1", "w1_a")
         factors = {name: (zeros if name in nothing else kaiming)(*shape) for name, shape in made.items()}
-        return Kronecker(**factors, scale=scale)
+        dropouts = {"row_dropout": self.row_dropout, "module_dropout": self.module_dropout, "rescale": self.rescale}
+        return Kronecker(**factors, scale=scale, **dropouts)
 
     def _shapes(self, weight: Weight) -> dict[str, tuple[int, int]]:
         return shapes(weight, self.rank, self.factor, self.both)
