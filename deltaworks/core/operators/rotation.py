@@ -161,17 +161,18 @@ class BlockRotation(Rotation):
 
     Args:
         k: the entries above the diagonal, row by row, of each block's matrix: `blocks x b (b - 1) / 2`; one row where
-        all
-            blocks share one rotation.
+            all blocks share one rotation.
         block: b.
         width: in.
         terms: number of terms of the Neumann series, None for the exact Cayley transform.
+        dropout: share of the blocks that turn nothing, drawn in every call in training; one shared block always turns.
     """
 
-    settings: ClassVar[tuple[str, ...]] = ("block", "width", "terms")
+    settings: ClassVar[tuple[str, ...]] = ("block", "width", "terms", "dropout")
 
-    def __init__(self, k: Tensor, block: int, width: int, terms: int | None = None) -> None:
+    def __init__(self, k: Tensor, block: int, width: int, terms: int | None = None, dropout: float = 0.0) -> None:
         super().__init__()
+        self.dropout = dropout
         if width % block or k.shape not in ((width // block, block * (block - 1) // 2), (1, block * (block - 1) // 2)):
             raise ValueError(f"{list(k.shape)} values make no rotations of {block} features each of {width}")
         self.k = nn.Parameter(k)
@@ -199,16 +200,33 @@ class BlockRotation(Rotation):
             skew = upper - upper.mT
             return cayley(skew) if self.terms is None else neumann(skew, self.terms)
 
-    def turned(self, x: Tensor, *, back: bool = False) -> Tensor:
-        r = self.rotations().to(x.dtype)
+    def turned(self, x: Tensor, *, back: bool = False, spare: Tensor | None = None) -> Tensor:
+        r = _without(self.rotations(), spare).to(x.dtype)
         return turned_blocks(x.unflatten(-1, (-1, self.block)), r.mT if back else r).flatten(-2)
+
+    def around(self, call: Callable[[Tensor], Tensor], x: Tensor, weight: Weight) -> Tensor | None:
+        return call(self.turned(x, spare=_spared(self, len(self.k))))
 
     def with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         if not plain(self, x) or weight.dtype != x.dtype:
             return None
-        blocks = self.width // self.block
-        r = recomputed(lambda k: joined(self._rotations(k).to(x.dtype), blocks), self.k)
+        blocks, spare = self.width // self.block, _spared(self, len(self.k))
+        r = recomputed(lambda k: joined(_without(self._rotations(k), spare).to(x.dtype), blocks), self.k)
         return turned_linear(x, weight, bias, r)
+
+
+def _spared(part: Any, blocks: int) -> Tensor | None:
+    """Which of some blocks a part's dropout spares this time, `blocks x 1 x 1`; None for no block."""
+    number = int(part.dropout * blocks) if part.training else 0
+    if not number or blocks == 1:
+        return None
+    device = next(part.parameters()).device
+    return (torch.randperm(blocks, device=device) < number).view(-1, 1, 1)
+
+
+def _without(r: Tensor, spare: Tensor | None) -> Tensor:
+    """Rotations (`blocks x b x b`), some of which are left out."""
+    return r if spare is None else torch.where(spare, torch.eye(r.shape[-1], dtype=r.dtype, device=r.device), r)
 
 
 class Butterfly(Rotation):
@@ -217,16 +235,24 @@ class Butterfly(Rotation):
     Args:
         p: `m x blocks x b x b`; the skew part of each matrix makes its rotation.
         s: `out`, scales of the output features.
+        dropout: share of the blocks of one stage that turn nothing, stage and blocks drawn in every call in training.
     """
 
-    def __init__(self, p: Tensor, s: Tensor) -> None:
+    settings: ClassVar[tuple[str, ...]] = ("dropout",)
+
+    def __init__(self, p: Tensor, s: Tensor, dropout: float = 0.0) -> None:
         super().__init__()
+        self.dropout = dropout
         if p.dim() != 4 or p.shape[2] != p.shape[3] or (p.shape[0] > 1 and (p.shape[1] % 2 ** (p.shape[0] - 1))):
             raise ValueError(f"matrices of shape {list(p.shape)} make no butterfly")
         self.p, self.s = nn.Parameter(p), nn.Parameter(s)
 
-    def turned(self, x: Tensor, *, back: bool = False) -> Tensor:
-        r = self._rotations(self.p).to(x.dtype)
+    def turned(self, x: Tensor, *, back: bool = False, spare: Tensor | None = None) -> Tensor:
+        r = self._rotations(self.p)
+        if spare is not None:
+            stage = int(torch.randint(len(r), ()))
+            r = torch.stack([_without(one, spare) if i == stage else one for i, one in enumerate(r)])
+        r = r.to(x.dtype)
         order = range(len(r)) if back else reversed(range(len(r)))
         for i in order:
             x = _stage(x, r[i].mT if back else r[i], i)
@@ -245,11 +271,12 @@ class Butterfly(Rotation):
         if len(self.p) > 1 or not plain(self, x) or weight.dtype != x.dtype:
             return None
         blocks = self.p.shape[1]
-        r = recomputed(lambda p: joined(self._rotations(p[0]).to(x.dtype), blocks), self.p)
+        spare = _spared(self, blocks)
+        r = recomputed(lambda p: joined(_without(self._rotations(p[0]), spare).to(x.dtype), blocks), self.p)
         return turned_linear(x, weight, bias, r, self.s)
 
     def around(self, call: Callable[[Tensor], Tensor], x: Tensor, weight: Weight) -> Tensor | None:
-        y, bias = call(self.turned(x)), weight.bias()
+        y, bias = call(self.turned(x, spare=_spared(self, self.p.shape[1]))), weight.bias()
         s = self.s.to(y.dtype)
         return y * s if bias is None else torch.addcmul(bias - bias * s, y, s)  # the bias is not scaled
 

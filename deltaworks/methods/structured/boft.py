@@ -24,6 +24,8 @@ class BOFT(WeightMethod):
     block: int = fields.whole(4, "side b of a block, even for m > 1; b 2^(m-1) must divide in", low=2)
     stages: int = fields.positive(1, "m, number of butterfly stages; the paper takes b = 8, m = 2")
 
+    dropout: float = fields.fraction(0.0, "share of the blocks of one stage that turn nothing, drawn in every call")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.block % 2 and self.stages > 1:
@@ -38,7 +40,7 @@ class BOFT(WeightMethod):
                 f"{place} has {weight.fan_in}"
             )
         p = zeros(self.stages, weight.fan_in // self.block, self.block, self.block)
-        return Butterfly(p, ones(weight.fan_out))
+        return Butterfly(p, ones(weight.fan_out), self.dropout)
 
     def group(self, name: str) -> dict[str, float]:
         # Decay would pull the scales to zero, away from the base.

@@ -54,14 +54,20 @@ class OFT(WeightMethod):
     block: int = fields.positive(32, "side b of a block; the divisor of in nearest to it is taken")
     terms: int | None = fields.whole(5, "terms of the series; none for the exact transform", low=4, optional=True)
     share: bool = fields.flag(False, "one rotation for all blocks of a layer")
+    dropout: float = fields.fraction(0.0, "share of the blocks that turn nothing, drawn in every call; not with share")
     eps: float | None = fields.number(
         None, "COFT: bound of the rotations, 6e-5 in the paper; none for no bound", above=0
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.share and self.dropout:
+            raise ValueError("oft: one rotation for all blocks has none to drop; leave dropout out, or share")
+
     def delta(self, weight: Weight) -> BlockRotation:
         b = nearest_divisor(weight.fan_in, self.block)
         blocks = 1 if self.share else weight.fan_in // b
-        return BlockRotation(zeros(blocks, b * (b - 1) // 2), b, weight.fan_in, self.terms)
+        return BlockRotation(zeros(blocks, b * (b - 1) // 2), b, weight.fan_in, self.terms, self.dropout)
 
     def rules(self) -> list[Rule]:
         return [] if self.eps is None else [Leash(self.eps)]
