@@ -80,8 +80,8 @@ def run(record: Mapping[str, Any], path: Path) -> None:
 
 def growth(record: Mapping[str, Any], path: Path) -> None:
     """Small multiples: a column for what grows, a row for what it costs; ours and PEFT's."""
-    panels = [("time of a step, ms", "seconds", 1e3), ("saved for backward, MB", "saved_bytes", 1e-6)]
-    panels += [("peak memory above the base, MB", "resident_above_base", 1e-6)]
+    panels = [("time, ms", "seconds", 1e3), ("saved bytes, MB", "saved_bytes", 1e-6)]
+    panels += [("peak memory, MB", "resident_above_base", 1e-6)]
     grown = record["rows"]
     with plt.rc_context(STYLE):
         figure, grid = plt.subplots(
@@ -100,6 +100,9 @@ def growth(record: Mapping[str, Any], path: Path) -> None:
                 axis.minorticks_off()
                 axis.set_ylim(bottom=0)
                 axis.grid(axis="y", color="#0002")
+                if not axis.lines:
+                    axis.set_yticks([])
+                    axis.annotate("no backward pass", (0.5, 0.5), xycoords="axes fraction", ha="center", color="#666")
                 if column == 0:
                     axis.set_ylabel(title)
             grid[0][column].set_title(what)

@@ -16,7 +16,7 @@ from .measure import RESULTS, heading, interleaved, machine, median, over, ratio
 from .step import SHAPES
 
 GOALS = {"seconds": 0.75, "resident_above_base": 0.6}
-FIGURES = ("seconds", "whole_seconds", "resident_above_base", "cuda_peak", "supervised", "loss")
+FIGURES = ("seconds", "whole_seconds", "cpu_seconds", "resident_above_base", "cuda_peak", "supervised", "loss")
 # name -> what differs from the settings that both sides share
 SETTINGS: dict[str, dict[str, Any]] = {
     "padded": {},
@@ -72,16 +72,16 @@ def table(record: dict[str, Any]) -> str:
         "LoRA on the same rows for one epoch. Ours over theirs, pair by pair: median (least to greatest). `padded`, "
         "`packed`: matched settings; `padded alike`: TRL pads to multiples of 32 tokens, as ours does by itself for "
         "half precision on CPUs; `defaults`: each as it comes. Training is the loop alone, whole the process from its "
-        "start; memory is the peak resident set above that with the base loaded.",
+        "start, processor time that of the whole; memory is the peak resident set above that with the base loaded.",
         "",
-        "| setting | training | whole | memory | GPU memory | ours: s, MB | TRL: s, MB | targets | last loss |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| setting | training | whole | processor | memory | GPU memory | ours: s, MB | TRL: s, MB | targets | loss |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in record["rows"].items():
         if "missing" in row:
-            lines.append(f"| {name} | {row['missing']} |{' |' * 7}")
+            lines.append(f"| {name} | {row['missing']} |{' |' * 8}")
             continue
-        cells = [over(row["ratios"][key]) for key in FIGURES[:4]]
+        cells = [over(row["ratios"][key]) for key in FIGURES[:5]]
         for side in ("ours", "trl"):
             seconds, bytes_ = row[side]["seconds"], row[side]["resident_above_base"]
             cells.append("failed" if seconds is None else f"{seconds:.1f}, {bytes_ / 1e6:.0f}")
@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=("nursery", *SHAPES), default="nursery")
     parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--rows", type=int, default=240)
+    parser.add_argument("--rows", type=int, default=160)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=512, help="longest example, and the length of packed rows")
     parser.add_argument("--rank", type=int, default=8)
