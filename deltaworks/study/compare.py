@@ -14,6 +14,7 @@ from ..core.registry import find
 from ..model.loading import load_meta
 from ..nursery import PREFIX, base_path
 from ..training.recipe import Recipe
+from ..training.tune import read_data
 from . import sizes
 from .engine import Hear, Runner
 from .rates import Rates
@@ -21,6 +22,7 @@ from .rows import Row
 from .spec import Cell, Entry, Study
 from .statistics import LOWER, lower_is_better
 from .trial import BASE, CONTEXT, Half, Kind, Trial
+from .work import LIBRARY
 
 Tell = Callable[..., None]
 """Called as `tell(event, **figures)`: "sizes" (entry, cell, note), "rates" and "runs" (done, total, of which cached),
@@ -109,6 +111,7 @@ class _Comparing:
     def __init__(self, study: Study, runner: Runner, tell: Tell) -> None:
         self.study, self.runner, self.tell = study, runner, tell
         self.shapes: dict[tuple[str, str], Any] = {}
+        self.tasks: dict[str, str | None] = {}
         self.fits: dict[str, sizes.Fit] = {}
         self.run_count, self.cached_count = 0, 0
 
@@ -147,13 +150,13 @@ class _Comparing:
         for cell in self.study.cells():
             kinds: tuple[tuple[Kind, str], ...] = (("base", BASE), ("context", CONTEXT))
             for kind, name in kinds:
-                if name not in self.study.baselines or (kind == "context" and not _takes_examples(cell)):
+                if name not in self.study.baselines or (kind == "context" and not self._takes_examples(cell)):
                     continue
                 for seed in self.study.all_seeds:
                     recipe = self.study.recipe(cell, Entry(name, {}), seed)
                     context = cell.context_examples if kind == "context" else 0
                     labels = {"cell": cell, "name": name}
-                    domain = cell.domain if kind == "base" else None
+                    domain = self._domain(cell) if kind == "base" else None
                     half = self._half()
                     made.append(
                         Trial(recipe=recipe, kind=kind, half=half, context=context, domain=domain, labels=labels)
@@ -165,8 +168,26 @@ class _Comparing:
         for seed in self.study.all_seeds:
             recipe = self.study.recipe(job.cell, job.entry, seed, **job.changed)
             labels = {"cell": job.cell, "name": job.entry.name, "note": job.note}
-            made.append(Trial(recipe=recipe, half=self._half(), domain=job.cell.domain, labels=labels))
+            made.append(Trial(recipe=recipe, half=self._half(), domain=self._domain(job.cell), labels=labels))
         return made
+
+    def _task(self, cell: Cell) -> str | None:
+        """The task of a piece of work, as its data have it; None where they cannot be read, which runs will say."""
+        if cell.keys.get("task") is None and cell.name not in self.tasks:
+            try:
+                self.tasks[cell.name] = read_data(self.study.recipe(cell, Entry(BASE, {}), 0))[0]
+            except (ValueError, OSError, ImportError):
+                self.tasks[cell.name] = None
+        return cell.keys.get("task") or self.tasks[cell.name]
+
+    def _takes_examples(self, cell: Cell) -> bool:
+        """Whether examples in the prompt may be shown: other tasks than causal-lm have no prompt."""
+        return self._task(cell) in (None, "causal-lm") and not cell.keys.get("packing")
+
+    def _domain(self, cell: Cell) -> str | None:
+        """The text on which forgetting is measured; the nursery's only where the model still predicts text."""
+        known = cell.domain == LIBRARY and self._task(cell) not in (None, "causal-lm", "masked-lm")
+        return None if known else cell.domain
 
     # Learning rates
 
@@ -233,7 +254,7 @@ class _Comparing:
     def _fit(self, job: _Job, recipe: Recipe, kind: str, budget: float) -> sizes.Fit:
         quantity = {"params": "trainable", "bytes": "saved_bytes"}.get(kind)
         if quantity is not None and not find(recipe.method).needs_data:
-            measure = sizes.on_shape(self._shape(recipe), recipe.method, quantity)
+            measure = sizes.on_shape(self._shape(job, recipe), recipe.method, quantity)
             return sizes.fitted(recipe.method, recipe.settings, budget, measure, above=kind == "params")
         column = {"params": "trainable", "bytes": "stored_bytes", "memory": "peak_memory_bytes"}[kind]
 
@@ -261,9 +282,9 @@ class _Comparing:
         self.cached_count += bool(row["cached"])
         return row
 
-    def _shape(self, recipe: Recipe) -> Any:
+    def _shape(self, job: _Job, recipe: Recipe) -> Any:
         """The base as a shape."""
-        task = recipe.task or "causal-lm"
+        task = recipe.task or self._task(job.cell) or "causal-lm"
         if (recipe.base, task) not in self.shapes:
             place = str(base_path(recipe.base)) if recipe.base.startswith(PREFIX) else recipe.base
             self.shapes[recipe.base, task] = load_meta(place, task, trust_remote_code=recipe.trust_remote_code)
@@ -277,11 +298,6 @@ def _diverged(row: Row) -> bool:
 
 def _generated(metric: str | None) -> bool:
     return metric in ("exact_match", "similarity", "chrf", "parses")
-
-
-def _takes_examples(cell: Cell) -> bool:
-    """Whether examples in the prompt may be shown: other tasks than causal-lm refuse them."""
-    return cell.keys.get("task") in (None, "causal-lm") and not cell.keys.get("packing")
 
 
 def cost(row: Row, metric: str | None) -> float | None:

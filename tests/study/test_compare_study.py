@@ -143,6 +143,18 @@ def test_files_hold_the_whole_study(output: Path, found: Comparison) -> None:
         read(output / "study.yaml")
 
 
+def test_a_task_without_prompts_has_no_examples_in_them_and_a_new_head_forgets_nothing(folder: Path) -> None:
+    from tests.training.conftest import prepared_data
+
+    labelled = study(folder, data=prepared_data(folder, "classes"), axes={}, domain="nursery:library", rates=0, seeds=1,
+                     methods=["bitfit"], rate_axes=None, budget="params=500", evaluate_every=None)  # fmt: skip
+    with Runner(folder / "cache", jobs=2) as runner:
+        rows = compare(labelled, runner).rows
+    assert [row["method"] for row in rows] == ["base", "bitfit", "full"]
+    assert all(row["error"] is None and row["metric"] == "accuracy" and row["lower"] is False for row in rows)
+    assert all(row["domain_after"] is None for row in rows)
+
+
 # The page
 
 
