@@ -42,7 +42,7 @@ class Pruned(Delta):
 
     def prune(self, mask: Tensor) -> None:
         """Keep only these entries, `out x in`."""
-        self.kept = packed(mask)
+        self.kept = packed(mask).to(self.kept.device)
 
     def fold(self, weight: Tensor) -> Tensor:
         mask = self.mask()
@@ -99,7 +99,7 @@ class PrunedLowRankSparse(LowRankSparse):
 
     def prune(self, mask: Tensor) -> None:
         """Keep only these entries, `out x in`."""
-        self.kept = packed(mask)
+        self.kept = packed(mask).to(self.kept.device)
 
     def fold(self, weight: Tensor) -> Tensor:
         mask, change = self.mask(), self.dense()
