@@ -36,15 +36,16 @@ from ..nursery import PREFIX, base_path
 from ..training.recipe import Recipe
 from .memory import free, shown
 from .packed import choose, pack
-from .shapes import Effort, Shapes
+from .shapes import KINDS, Effort, Shapes
 from .step import Step, Work, frozen, step
 
 USUAL = ("lora", "dora", "vera", "ia3", "houlsby", "prefix_tuning", "lst", "mezo", "full")
 """Methods that are compared when none are named: one of every kind."""
 
 # Larger batches are not tried on shapes, whose indices and masks are real, but extrapolated.
-TRIED_TOKENS = 1 << 17
+TRIED_TOKENS = 1 << 16
 MOST = 1 << 20
+SIZES = (*KINDS, "saved")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,11 +323,14 @@ def _forecast(
     with _attached(method, shapes, model, recipe, also) as tuned:
         summary = tuned.summary()
 
-        def at(work: Work, checkpointing: bool = recipe.checkpointing) -> Step:
+        def once(work: Work, checkpointing: bool) -> Step:
             with _quiet():
                 return step(
                     shapes, tuned, work, optimizer=recipe.optimizer, clip=recipe.clip, checkpointing=checkpointing
                 )
+
+        def at(work: Work, checkpointing: bool = recipe.checkpointing) -> Step:
+            return _extrapolated(lambda work: once(work, checkpointing), work)
 
         own = at(work)
 
@@ -366,6 +370,19 @@ def _forecast(
     )  # fmt: skip
 
 
+def _extrapolated(make: Callable[[Work], Step], work: Work) -> Step:
+    """A step, or for a batch too large to be tried one that continues the line through two smaller ones."""
+    most = max(1, TRIED_TOKENS // max(work.length, 1))
+    if work.batch_size <= 2 * most:
+        return make(work)
+    less, more = make(replace(work, batch_size=most)), make(replace(work, batch_size=2 * most))
+    ahead = (work.batch_size - 2 * most) / most
+    sizes = {kind: round(getattr(more, kind) + ahead * (getattr(more, kind) - getattr(less, kind))) for kind in SIZES}
+    factor = work.batch_size / (2 * most)
+    calls = {(round(a * factor), round(b * factor)): n for (a, b), n in more.effort.calls.items()}
+    return Step(**sizes, effort=Effort(calls))
+
+
 def _quantised(
     method: Method, site: _Site, work: Work, recipe: Recipe, also: list[str], change: Callable[[str, Step], Change]
 ) -> Iterator[Change]:
@@ -377,10 +394,11 @@ def _quantised(
             for again in (False, True):
                 if again and (recipe.checkpointing or not getattr(model, "supports_gradient_checkpointing", False)):
                     return
-                other = step(
-                    shapes, tuned, work, optimizer=recipe.optimizer, clip=recipe.clip,
-                    checkpointing=again or recipe.checkpointing,
-                )  # fmt: skip
+                settings = {"clip": recipe.clip, "checkpointing": again or recipe.checkpointing}
+                other = _extrapolated(
+                    lambda work, settings=settings: step(shapes, tuned, work, optimizer=recipe.optimizer, **settings),
+                    work,
+                )
                 found = change(f"--quantize {kind}" + (" --checkpointing" if again else ""), other)
                 yield found
                 if found.fits:
@@ -425,9 +443,6 @@ def _largest(peak_at: Callable[[int], int], work: Work, own: int, memory: int) -
             known[size] = peak_at(size)
         return known[size]
 
-    def cheap(size: int) -> bool:
-        return size * max(work.length, 1) <= max(TRIED_TOKENS, work.batch_size * work.length)
-
     low, high = (work.batch_size, None) if own <= memory else (0, work.batch_size)
     if high == 1:
         return 0
@@ -446,8 +461,8 @@ def _largest(peak_at: Callable[[int], int], work: Work, own: int, memory: int) -
         guess = right + math.floor((memory - known[right]) / slope)
         # Between two known points the line is above the peak: what it lets through fits. Outside it may flatter.
         guess = max(low + 1, guess) if high is None else min(high - 1, max(low + 1, guess))
-        if not cheap(guess) or guess >= MOST:
-            return min(guess, MOST)
+        if guess >= MOST:
+            return MOST
         if guess in known:
             return low
         peak(guess)

@@ -11,6 +11,8 @@ point operations and bytes moved of every operator.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -25,6 +27,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 aten, prims = torch.ops.aten, torch.ops.prim
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits")
+LARGE = 1 << 26  # elements
 # What makes indices of no tensor at all; everything else that is made so and is floating point becomes a shape.
 COUNTING = (aten.randint, aten.arange, aten.randperm, aten.scalar_tensor)
 # Operators whose kernels make something of their input's size on the way.
@@ -208,6 +211,12 @@ class Shapes(TorchDispatchMode):
                 place = torch.device(kwargs.get("device") or self.device)
                 bare = func(*args, **{**_drawn(kwargs), "device": "meta"})
                 return FakeTensor(self.fake, bare, place)
+        elif math.prod(tensor.numel() or 1 for tensor in tensors) > LARGE and self._kind(func) == "making":
+            # Indices that outgrow what is worth computing, such as masks of long sequences, become shapes as well.
+            with contextlib.suppress(RuntimeError, NotImplementedError):
+                bare = func(*tree_map_only(Tensor, lambda t: t.to("meta"), args), **kwargs)
+                if isinstance(bare, Tensor) and bare.is_meta and bare.numel() > LARGE:
+                    return FakeTensor(self.fake, bare, tensors[0].device)
         return func(*args, **kwargs)
 
     def _shaped(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:

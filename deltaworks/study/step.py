@@ -6,6 +6,7 @@ The step is that of `tune`: the same loss, the same rules, the same optimizer, i
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -130,6 +131,8 @@ def step(
         ValueError: one line, when the step cannot be made on shapes.
     """
     ledger, model = shapes.ledger, tuned.model
+    if any(ledger.now[kind] for kind in KINDS if kind != "weights"):
+        gc.collect()  # an earlier step's optimizer is part of a cycle
     model.train()
     model.config.use_cache = False  # type: ignore[union-attr]  # as the trainer sets it
     ledger.vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)  # type: ignore[union-attr,operator]
@@ -241,6 +244,7 @@ def _checkpointed(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.gradient_checkpointing_disable()  # type: ignore[operator]
+        model.disable_input_require_grads()  # type: ignore[operator]  # enabling has switched that on
 
 
 @contextlib.contextmanager
