@@ -43,7 +43,7 @@ Progress = Callable[..., None]
 
 # What may differ between a run and its continuation: none of it changes what is learned.
 FREE = ("output", "save_every", "keep", "evaluate_every", "samples", "sample_length", "device")
-OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd", "adafactor": "adafactor", "adamw_8bit": "adamw_bnb_8bit"}
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "sgd": "sgd", "adafactor": "adafactor", "adamw_8bit": "adamw_bnb_8bit"}
 PART = ".deltaworks.part"  # a file while it is being written
 HALF = (torch.bfloat16, torch.float16)
 STEPWISE = ("causal-lm", "sequence-classification", "regression", "token-classification")
