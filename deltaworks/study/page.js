@@ -150,6 +150,9 @@
     const cells = study.axes[axis].map((value) => study.cells.find((cell) =>
       Object.keys(study.axes).every((other) => cell.place[other] === (other === axis ? value : here.place[other]))));
     const kept = cells.filter((cell) => cell && cell.metric === here.metric);
+    const plot = document.getElementById(`axis-${number}`);
+    plot.closest("figure").hidden = kept.length < 2;
+    if (kept.length < 2) return;
     const values = kept.map((cell) => cell.place[axis]);
     const numbers = values.length > 1 && values.every((value) => value !== "" && Number(value) > 0);
     const traces = [], told = [];
@@ -169,8 +172,7 @@
     const arrangement = layout(axis, here.metric);
     if (numbers) Object.assign(arrangement.xaxis, { type: "log", tickvals: values.map(Number), ticktext: values });
     else Object.assign(arrangement.xaxis, { type: "category", categoryorder: "array", categoryarray: values });
-    const plot = document.getElementById(`axis-${number}`);
-    if (plot) plot.setAttribute("aria-label", `${here.metric} by ${axis}: ${told.join("; ") || "nothing is chosen"}.`);
+    plot.setAttribute("aria-label", `${here.metric} by ${axis}: ${told.join("; ") || "nothing is chosen"}.`);
     draw(`axis-${number}`, traces, arrangement);
   }
 
