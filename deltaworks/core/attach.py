@@ -533,10 +533,27 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     return model
 
 
+def _ends(model: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The weights of a transformers model's head and embedding."""
+    ends = []
+    for name in ("get_output_embeddings", "get_input_embeddings"):
+        try:
+            layer = getattr(model, name)()
+        except (AttributeError, NotImplementedError):
+            layer = None
+        ends.append(layer._parameters.get("weight") if isinstance(layer, nn.Module) else None)
+    return ends[0], ends[1]
+
+
 def bake(model: nn.Module, *, untie: bool = False) -> nn.Module:
     """Merge for good: the changes stay in the parameters, every trace of the adapters goes."""
     state = state_of(model)
+    head, embedding = _ends(model)
+    tied = head is not None and head is embedding
     merge(model, untie=untie)
+    head, embedding = _ends(model)
+    if tied and head is not embedding:
+        model.config.tie_word_embeddings = False  # type: ignore[union-attr]  # or loading would tie them again
     for module in list(model.modules()):
         found = graft_of(module)
         if found is not None:

@@ -25,6 +25,8 @@ def size_on(model: nn.Module, method: Method) -> dict[str, Any]:
             tuned = attach(model, method, name="costs")
     except ValueError as refusal:
         return {"reason": str(refusal)}
-    summary = tuned.summary()
-    detach(model, "costs")
+    try:
+        summary = tuned.summary()
+    finally:
+        detach(model, "costs")
     return {"trainable": summary.trainable, "share": summary.share, "saved_bytes": summary.stored_bytes}

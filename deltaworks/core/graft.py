@@ -116,9 +116,7 @@ class Graft(nn.Module):
         known, board = self._known, self.board
         if known is not None and known.active is board.active and known.merged is board.merged:
             return known
-        parts = self.acting(board.active)
-        kinds = [[part for part in parts if isinstance(part, kind)] for kind in (Delta, Module, Attending, Wrapper)]
-        found = Acting(board.active, board.merged, parts, *kinds)  # type: ignore[arg-type]
+        found = _sorted(self.acting(board.active), board.active, board.merged)
         if not torch.compiler.is_compiling():
             self._known = found
         return found
@@ -187,6 +185,11 @@ class Graft(nn.Module):
             rows = torch.tensor(mine, device=x.device)
             deltas = [part for part in parts if isinstance(part, Delta)]
             part_x = x.index_select(0, rows)
+            if deltas and any(isinstance(part, Module) for part in parts):
+                part_args, part_kwargs = place(part_x)
+                own = _output(self._through(layer, call, part_args, part_kwargs, _sorted(parts)))[0]
+                y = y.index_copy(0, rows, own.to(y.dtype))
+                continue
             if deltas:
                 part_args, part_kwargs = place(part_x)
                 own = _weighted(layer, call, deltas, None, *part_args, **part_kwargs)
@@ -212,6 +215,11 @@ class Graft(nn.Module):
             if isinstance(part, Delta) and part.site.parameter == parameter
         ]
         return _folded(layer, parameter, deltas) if deltas else stored
+
+
+def _sorted(parts: list[Part], active: tuple[str, ...] = (), merged: tuple[str, ...] = ()) -> Acting:
+    kinds = [[part for part in parts if isinstance(part, kind)] for kind in (Delta, Module, Attending, Wrapper)]
+    return Acting(active, merged, parts, *kinds)  # type: ignore[arg-type]
 
 
 def _input(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Callable[[Tensor], tuple[tuple, dict[str, Any]]]]:

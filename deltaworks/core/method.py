@@ -111,8 +111,9 @@ class Method:
         return {}
 
     def group_of(self, name: str) -> dict[str, float]:
-        """The same by a tensor's full name, `<module path>.<label>.<tensor>`, for methods made of others."""
-        return self.group(name.rpartition(".")[2])
+        """The same by a tensor's full name, `<module path>.<label>.<tensor>`: with the overrides that hold there."""
+        places = name.rsplit(".", 2)
+        return self.at(places[0]).group(places[-1]) if self.overrides else self.group(places[-1])
 
     def made_of(self) -> list[Method]:
         """The methods that this one is made of, if it is."""

@@ -40,7 +40,7 @@ class Sharing:
 
     def share(self, graft: Graft, part: Factored, x: Tensor) -> Share | None:
         """The share of a layer that is called with `x`; None where nobody after it reads the same."""
-        if x.is_inference() or not part.shareable(x):
+        if not part.shareable(x) or x.is_inference():
             return None
         if self.shares:
             share = self.shares.pop(graft, None)

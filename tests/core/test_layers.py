@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import deltaworks as dw
+from deltaworks.core.part import Module
 from deltaworks.model.weights import Weight
 
 
@@ -207,3 +208,35 @@ def test_an_adapted_model_compiles_to_one_graph() -> None:
     moved(dw.attach(model, dw.LoRA(rank=2)))
     expected = model(**batch).logits
     assert torch.allclose(torch.compile(model, backend="eager", fullgraph=True)(**batch).logits, expected, atol=1e-5)
+
+
+def test_a_baked_model_whose_head_was_untied_says_so_in_its_configuration() -> None:
+    from tests.families import FAMILIES
+
+    model, batch = FAMILIES["gpt2"]()
+    moved(dw.attach(model, dw.LoRA(rank=2, on=["lm_head"])))
+    beside = model(**batch).logits
+    dw.bake(model, untie=True)
+    assert model.config.tie_word_embeddings is False
+    model.tie_weights()
+    assert torch.allclose(model(**batch).logits, beside, atol=1e-5)
+
+
+def test_an_example_s_adapter_may_change_a_layer_s_input_and_its_weight() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6)).double()
+    x = torch.randn(2, 6).double()
+    moved(dw.attach(model, dw.LoRA(rank=2, on="all"), name="one"))
+    graft = model[0].deltaworks
+
+    class Doubled(Module):
+        def input(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+    graft.add("one", "doubled", Doubled())
+    alone = model(x)
+    with dw.disable(model):
+        base = model(x)
+    with dw.route(model, ["one", None]):
+        mixed = model(x)
+    assert torch.allclose(mixed, torch.stack([alone[0], base[1]]))

@@ -151,3 +151,14 @@ def test_a_ratio_of_one_is_plain_lora_bit_for_bit() -> None:
         list(steps(model, x, tuned, 5))
         ends.append([p.detach().clone() for p in tuned.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_overrides_reach_the_optimizer_s_groups() -> None:
+    from tests.families import FAMILIES
+
+    model, _ = FAMILIES["llama"]()
+    method = dw.LoRA(rank=2, on=["attention.query", "attention.value"], overrides={"q_proj": {"b_lr_ratio": 4.0}})
+    groups = dw.attach(model, method).parameter_groups(1.0)
+    rates = {name: group["lr"] for group in groups for name in group["names"]}
+    assert {rate for name, rate in rates.items() if "q_proj" in name and name.endswith(".b")} == {4.0}
+    assert {rate for name, rate in rates.items() if "v_proj" in name or name.endswith(".a")} == {1.0}

@@ -86,7 +86,8 @@ _SQUARES: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def _squares(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """`||W_i||^2` of every row."""
-    keep = type(weight) is nn.Parameter and not weight.requires_grad and not weight.is_inference()
+    keep = not torch.compiler.is_compiling() and type(weight) is nn.Parameter and not weight.requires_grad
+    keep = keep and not weight.is_inference()
     state = (weight._version, weight.data_ptr(), dtype) if keep else None
     known = _SQUARES.get(weight) if keep else None
     if known is not None and known[0] == state:

@@ -88,7 +88,7 @@ def _fold(layer: nn.Module, deltas: Sequence[Delta]) -> Tensor:
 class _EffectiveLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: nn.Module, deltas: Sequence[Delta], *parameters: Tensor) -> Tensor:
-        ctx.layer, ctx.deltas = layer, deltas
+        ctx.layer, ctx.deltas, ctx.parameters = layer, deltas, parameters  # what trains may change before backward
         ctx.save_for_backward(x if any(ctx.needs_input_grad[3:]) else None)
         delta = _by_hand(layer, deltas)
         weight = _fold(layer, deltas) if delta is None else delta.built(Weight(layer).matrix())
@@ -99,7 +99,7 @@ class _EffectiveLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (x,) = ctx.saved_tensors
         g = gradients[0]
-        parameters = trainable(ctx.deltas)
+        parameters = ctx.parameters
         delta = _by_hand(ctx.layer, ctx.deltas)
         if delta is not None:
             matrix = Weight(ctx.layer).matrix()

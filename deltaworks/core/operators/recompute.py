@@ -25,6 +25,8 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         ctx.function = function
+        device = tensors[0].device.type
+        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         ctx.save_for_backward(*tensors)
         # Detached, since matmul chooses its kernel by what requires a gradient: frozen must give the same bits.
         return function(*(tensor.detach() for tensor in tensors))
@@ -33,7 +35,8 @@ class _Recomputed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         wanted = ctx.needs_input_grad[1:]
-        with torch.enable_grad():
+        device, dtype, enabled = ctx.autocast  # a backward pass runs outside the context that the forward ran in
+        with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
             tensors = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, wanted, strict=True)]
             result = ctx.function(*tensors)
         given = iter(torch.autograd.grad(result, [t for t in tensors if t.requires_grad], gradients[0]))
