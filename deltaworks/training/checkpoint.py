@@ -135,6 +135,12 @@ def read_adapter(tuned: Tuned, folder: Path) -> None:
             _put(module, leaf, file.get_tensor(name))
 
 
+def fits(tuned: Tuned, folder: Path) -> bool:
+    """Whether a checkpoint has the adapter's tensors, of any sizes: not so when a rule has exchanged parts since."""
+    with safe_open(folder / TENSORS, framework="pt") as file:
+        return set(file.keys()) == set(_places(tuned))
+
+
 def _places(tuned: Tuned) -> dict[str, tuple[nn.Module, str]]:
     """For every tensor that a file keeps, the module that holds it, and its name there."""
     places: dict[str, tuple[nn.Module, str]] = {}

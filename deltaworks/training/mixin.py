@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import random
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -254,6 +255,13 @@ class DeltaworksMixin(_Base):
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         assert best is not None
+        if not saved.fits(self.tuned, Path(best)):
+            warnings.warn(
+                f"{best} is from before {self.tuned.method.slug} exchanged parts, and its loss that of another model; "
+                "the adapter stays as it is at the end",
+                stacklevel=2,
+            )
+            return
         saved.read_adapter(self.tuned, Path(best))
 
 

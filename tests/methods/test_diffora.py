@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
 import deltaworks as dw
 from deltaworks.core.operators.gated import Gated
 from deltaworks.core.operators.lent_factors import LentLowRank
 from deltaworks.core.operators.low_rank import LowRank
+from deltaworks.training import wrap
 from tests.families import FAMILIES
 from tests.methods.resuming import trained
 from tests.methods.toys import attach, net, nudge, part, steps
@@ -177,3 +179,20 @@ def test_a_search_as_long_as_the_run_is_refused() -> None:
     tuned = decoder(search=12)[2]
     with pytest.raises(ValueError, match="search takes 12 of the run's 12 steps"):
         tuned.run(12).emit("attached")
+
+
+def test_a_best_checkpoint_from_the_search_is_not_taken_for_the_result(tmp_path: Path) -> None:
+    model, batch = FAMILIES["llama"]()
+    tuned = dw.attach(model, dw.DiffoRA(**SETTINGS), seed=0)
+    rows = [{"input_ids": row, "labels": row} for row in batch["input_ids"]]
+    args = TrainingArguments(
+        str(tmp_path), max_steps=10, per_device_train_batch_size=1, learning_rate=1e-2, save_steps=4, eval_steps=4,
+        eval_strategy="steps", load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
+        logging_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = wrap(Trainer)(model, args, train_dataset=rows, eval_dataset=rows)
+    with pytest.warns(UserWarning, match="is from before diffora exchanged parts"):
+        trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
+    assert all(isinstance(p, (LowRank, LentLowRank)) for p in tuned.parts())
+    assert any(p.factors()[1].any() for p in tuned.parts()), "what was learnt after the search is kept"
