@@ -302,7 +302,7 @@ def test_methods_are_told_apart_in_time(place, monkeypatch) -> None:
     times = {one.method: one.time for one in made.forecasts}
     assert all(one.fits and one.largest_batch for one in made.forecasts)
     # A ladder beside the base stops the backward pass before the base; training all of it makes one product more.
-    assert times["lst"] < 1 < times["lora"] < times["dora"] and 1 < times["full"]
+    assert times["lst"] < 1 < times["lora"] < times["dora"] and times["full"] > 1
 
 
 def test_what_cannot_be_planned_is_said_and_stops_nothing(place) -> None:
