@@ -8,7 +8,8 @@ import math
 import sys
 from typing import Any
 
-from .measure import forked, interleaved, machine, median, ratio, write
+from . import picture
+from .measure import RESULTS, forked, interleaved, machine, median, ratio, write
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NORMS = ["input_layernorm", "post_attention_layernorm"]
@@ -113,7 +114,11 @@ def rows(samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         for figure in ("saved_bytes", "resident_above_base", "trainable", "cuda_peak"):
             row[figure] = median(mine, figure)
         if kind == "ours":
-            for figure, key in (("seconds", "full"), ("saved_bytes", "full_saved"), ("resident_above_base", "full_rss")):
+            for figure, key in (
+                ("seconds", "full"),
+                ("saved_bytes", "full_saved"),
+                ("resident_above_base", "full_rss"),
+            ):
                 row[key] = ratio(mine, samples["full"], figure)
             theirs = samples.get(f"peft {slug}")
             if theirs is not None:
@@ -200,6 +205,7 @@ def main() -> None:
         "samples": samples,
     }
     write(options.name, record, table(record))
+    picture.step(record, RESULTS / f"{options.name}.png")
 
 
 if __name__ == "__main__":
