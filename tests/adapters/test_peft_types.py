@@ -66,6 +66,7 @@ THEIRS: dict[str, tuple[str, peft.PeftConfig]] = {
         peft.LoHaConfig(target_modules=LINEAR, r=4, alpha=6, rank_pattern={"q_proj": 2}, alpha_pattern={"0.*": 3}),
     ),
     "loha on convolutions": ("cnn", peft.LoHaConfig(target_modules=CONVOLUTIONS, r=4)),
+    "loha with cores": ("cnn", peft.LoHaConfig(target_modules=CONVOLUTIONS, r=2, alpha=64, use_effective_conv2d=True)),
     "lokr": ("llama", peft.LoKrConfig(target_modules=LINEAR, r=2, alpha=6, rank_pattern={"q_proj": 3})),
     "lokr of thin factors": (
         "llama",
@@ -168,9 +169,48 @@ def test_butterflies_of_several_stages_are_written_with_a_word_of_warning(tmp_pa
 
 def test_what_acts_in_training_only_is_said_to_be_left_out(tmp_path: Path) -> None:
     model, _ = family("llama")
-    peft.get_peft_model(model, peft.LoHaConfig(target_modules=LINEAR, rank_dropout=0.1)).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="rank_dropout=0.1 is left out; it acts in training only"):
+    config = peft.OFTConfig(target_modules=LINEAR, block_share=True, module_dropout=0.1)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="module_dropout=0.1 is left out; it acts in training only"):
         dw.load(family("llama")[0], tmp_path)
+
+
+DROPOUTS: dict[str, tuple[peft.PeftConfig, Any]] = {
+    "loha": (
+        peft.LoHaConfig(target_modules=["q_proj"], rank_dropout=0.1, module_dropout=0.2),
+        dw.LoHa(on=["q_proj"], row_dropout=0.1, module_dropout=0.2),
+    ),
+    "lokr": (
+        peft.LoKrConfig(target_modules=["q_proj"], rank_dropout=0.1, rank_dropout_scale=True),
+        dw.LoKr(on=["q_proj"], row_dropout=0.1, rescale=True),
+    ),
+    "oft": (
+        peft.OFTConfig(target_modules=["q_proj"], module_dropout=0.1),
+        dw.OFT(on=["q_proj"], dropout=0.1),
+    ),
+    "boft": (peft.BOFTConfig(target_modules=["q_proj"], boft_dropout=0.1), dw.BOFT(on=["q_proj"], dropout=0.1)),
+    "miss": (
+        peft.MissConfig(target_modules=["q_proj"], r=8, miss_dropout=0.1),
+        dw.MiSS(on=["q_proj"], rank=8, dropout=0.1),
+    ),
+    "randlora": (
+        peft.RandLoraConfig(target_modules=["q_proj"], randlora_dropout=0.1),
+        dw.RandLoRA(on=["q_proj"], alpha=640, dropout=0.1),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DROPOUTS)
+def test_dropouts_are_taken_along_both_ways(case: str, tmp_path: Path) -> None:
+    config, method = DROPOUTS[case]
+    peft.get_peft_model(FAMILIES["llama"]()[0], config).save_pretrained(tmp_path / "theirs")
+    model, _ = FAMILIES["llama"]()
+    assert dw.load(model, tmp_path / "theirs").method == method
+    dw.save(model, tmp_path / "ours", format="peft")
+    written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    for key, value in config.to_dict().items():
+        if "dropout" in key:
+            assert written[key] == value, key
 
 
 UNWRITABLE: dict[str, tuple[str, Any, str]] = {
@@ -215,12 +255,6 @@ UNREADABLE: dict[str, tuple[str, peft.PeftConfig, dict[str, Any], str]] = {
         peft.OFTConfig(target_modules=CONVOLUTIONS, oft_block_size=3),
         {},
         "is a Conv2d, which OFT does not adapt so",
-    ),
-    "a core tensor": (
-        "cnn",
-        peft.LoHaConfig(target_modules=CONVOLUTIONS, r=2, use_effective_conv2d=True),
-        {},
-        "has a core tensor",
     ),
     "a core tensor of lokr": (
         "cnn",

@@ -29,7 +29,7 @@ def read(source: Source) -> Plan:
     stages = source.whole("boft_n_butterfly_factor", 1)
     source.flag("fan_in_fan_out")
     source.flag("init_weights", True)
-    source.only_in_training("boft_dropout")
+    dropout = source.number("boft_dropout", 0.0)
     if (side > 0) == (count > 0):
         refuse(source.file, f"boft_block_size={side} and boft_block_num={count}: one of them must be above 0")
     sides, found = {}, set()
@@ -43,19 +43,19 @@ def read(source: Source) -> Plan:
             refuse(source.weights, f"{path}.boft_R has shape {list(p.shape)}, where {source.file.name} says {wanted}")
         s = source.tensor(f"{path}.boft_s").flatten()
         found.add(p.shape[0])
-        source.place(path, "weight", Butterfly(p, s))
+        source.place(path, "weight", Butterfly(p, s, dropout))
     if len(found) > 1:
         refuse(source.weights, f"holds layers of different numbers of stages: {sorted(found)}")
     block, own = patterns(sides)
     overrides = {re.escape(name): {"block": value} for name, value in own.items()}
-    method = source.made("boft", on=source.on, block=block, stages=found.pop(), overrides=overrides)
+    method = source.made("boft", on=source.on, block=block, stages=found.pop(), dropout=dropout, overrides=overrides)
     source.biases(targets, "boft_only")
     return source.plan(method)
 
 
 def write(draft: Draft) -> dict[str, Any]:
     """An adapter of butterflies as a `BOFT` configuration."""
-    stages, sides, counts = [], [], []
+    stages, sides, counts, dropouts = [], [], [], []
     for part in draft.parts:
         assert isinstance(part, Butterfly)
         path = draft.layer(part, nn.Linear, nn.Conv2d)
@@ -65,6 +65,7 @@ def write(draft: Draft) -> dict[str, Any]:
         stages.append(part.p.shape[0])
         sides.append(part.p.shape[-1])
         counts.append(part.p.shape[1])
+        dropouts.append(part.dropout)
     if max(stages) > 1:
         warnings.warn(f"PEFT reads stages={max(stages)} only where its CUDA extension is compiled", stacklevel=4)
     by_number = len(set(sides)) > 1 and len(set(counts)) == 1
@@ -74,7 +75,7 @@ def write(draft: Draft) -> dict[str, Any]:
         boft_block_size=0 if by_number else draft.one("block", sides),
         boft_block_num=counts[0] if by_number else 0,
         boft_n_butterfly_factor=draft.one("stages", stages),
-        boft_dropout=0.0,
+        boft_dropout=draft.one("dropout", dropouts),
         fan_in_fan_out=False,
         init_weights=True,
         target_modules=named(draft.model, targets),

@@ -33,13 +33,16 @@ def read(source: Source) -> Plan:
     if start not in (True, False, "lycoris"):
         refuse(source.file, f"init_weights={start!r} is not known")
     source.flag("use_effective_conv2d")
-    source.flag("rank_dropout_scale")
-    source.only_in_training("rank_dropout", "module_dropout")
+    dropouts = {
+        "row_dropout": source.number("rank_dropout", 0.0),
+        "module_dropout": source.number("module_dropout", 0.0),
+        "rescale": source.flag("rank_dropout_scale"),
+    }
     targets = source.targets()
     ranks = Ranks(source, targets, "alpha")
     init = "lycoris" if start == "lycoris" else "peft"
     settings = {"rank": ranks.rank, "alpha": ranks.alpha, "overrides": ranks.overrides()}
-    method = source.made("lokr", on=source.on, factor=factor, both=both, init=init, **settings)
+    method = source.made("lokr", on=source.on, factor=factor, both=both, init=init, **settings, **dropouts)
     for path in targets:
         weight, (rank, alpha) = source.weight(path, *LAYERS, any_convolution=True), ranks.meant[path]
         if source.has(f"{path}.lokr_t2"):
@@ -51,7 +54,7 @@ def read(source: Source) -> Plan:
                 wanted = f"{list(value.shape)}, where {source.file.name} says {list(shape)}"
                 refuse(source.weights, f"{path}.lokr_{name} has shape {wanted}")
             factors[name] = value
-        source.place(path, "weight", Kronecker(**factors, scale=alpha / rank))
+        source.place(path, "weight", Kronecker(**factors, scale=alpha / rank, **dropouts))
     return source.plan(method)
 
 
@@ -88,8 +91,9 @@ def write(draft: Draft) -> dict[str, Any]:
         alpha_pattern=own_alphas,
         decompose_both=both,
         decompose_factor=factor,
-        rank_dropout=0.0,
-        module_dropout=0.0,
+        rank_dropout=draft.one("row_dropout", (part.row_dropout for part in parts.values())),
+        rank_dropout_scale=draft.one("rescale", (part.rescale for part in parts.values())),
+        module_dropout=draft.one("module_dropout", (part.module_dropout for part in parts.values())),
         use_effective_conv2d=False,
         init_weights="lycoris" if getattr(draft.method, "init", "") == "lycoris" else True,
         target_modules=named(draft.model, list(parts)),

@@ -28,7 +28,9 @@ def read(source: Source) -> Plan:
     series, terms = source.flag("use_cayley_neumann", True), source.whole("num_cayley_neumann_terms", 5)
     source.flag("fan_in_fan_out")
     source.flag("init_weights", True)
-    source.only_in_training("module_dropout")
+    if share:
+        source.only_in_training("module_dropout")
+    dropout = source.number("module_dropout", 0.0)
     if (side > 0) == (count > 0):
         refuse(source.file, f"r={count} and oft_block_size={side}: one of them must be above 0")
     held = max(terms, 4) if terms > 2 else terms  # PEFT's third term is the last of four
@@ -37,14 +39,15 @@ def read(source: Source) -> Plan:
         width = source.weight(path).fan_in
         sides[path] = b = nearest_divisor(width, side) if side else width // nearest_divisor(width, count)
         k = source.shaped(f"{path}.oft_R.weight", 1 if share else width // b, b * (b - 1) // 2)
-        part = BlockRotation(k if series else -k, b, width, held if series else None)
+        part = BlockRotation(k if series else -k, b, width, held if series else None, dropout)
         if leashed:
             leash(part, eps)
         source.place(path, "weight", part)
     block, own = (side, {}) if side else patterns(sides)
     overrides = {re.escape(name): {"block": value} for name, value in own.items()}
+    settings: dict[str, Any] = {"share": share, "dropout": dropout, "overrides": overrides}
     bound, kept = eps if leashed else None, held if series else None
-    method = source.made("oft", on=source.on, block=block, terms=kept, share=share, eps=bound, overrides=overrides)
+    method = source.made("oft", on=source.on, block=block, terms=kept, eps=bound, **settings)
     source.biases(targets, "oft_only")
     return source.plan(method)
 
@@ -76,7 +79,7 @@ def write(draft: Draft) -> dict[str, Any]:
         # PEFT would change what is not on its leash.
         coft=eps is not None and all(strain(part, eps).max() <= 1 + 1e-6 for part in parts),
         eps=eps or 6e-5,
-        module_dropout=0.0,
+        module_dropout=draft.one("dropout", (part.dropout for part in parts)),
         fan_in_fan_out=False,
         init_weights=True,
         target_modules=named(draft.model, targets),
