@@ -14,7 +14,10 @@ from torch.autograd.function import once_differentiable
 
 from ...model.weights import Weight
 from ..part import Delta
-from .low_rank import dropped, kept, plain
+from .low_rank import base_product, branch_input, dropped, kept, plain
+
+FEW = 8
+"""Blocks up to which one product each is quicker than a batched one, which cannot add to the base's."""
 
 
 class BlockLowRank(Delta):
@@ -49,6 +52,12 @@ class BlockLowRank(Delta):
             survive, scale = kept(self, x)
             return _BlockProduct.apply(x, self.a, self.b, scale, survive)  # type: ignore[return-value]
         return _product(dropped(self, x), self.a, self.b, self.scale)[0]
+
+    def with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        if len(self.a) > FEW or not plain(self, x) or weight.dtype != x.dtype:
+            return None
+        survive, scale = kept(self, x)
+        return _BlockLinear.apply(x, weight, bias, self.a, self.b, scale, survive)  # type: ignore[return-value]
 
 
 def _sliced(x: Tensor, n: int) -> Tensor:
@@ -85,3 +94,51 @@ class _BlockProduct(torch.autograd.Function):
             dx = (gb @ a.to(g.dtype)).transpose(0, 1).reshape(x.shape)
             dx = dx if survive is None else dx.mul_(survive)
         return dx, da, db, None, None
+
+
+class _BlockLinear(torch.autograd.Function):
+    """`x W^T + bias`, and each block added to its slice of it; W and bias frozen; keeps x and the narrow products."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        survive: Tensor | None,
+    ) -> Tensor:
+        ctx.scale = scale
+        y, rows = base_product(x, weight, bias)
+        n = len(a)
+        narrow = [part @ down.T for part, down in zip(branch_input(x, survive).chunk(n, 1), a.to(x.dtype), strict=True)]
+        for part, z, up in zip(rows.chunk(n, 1), narrow, b.to(x.dtype), strict=True):
+            part.addmm_(z, up.T, alpha=scale)
+        ctx.save_for_backward(x, survive, weight, a, b, *narrow)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, survive, weight, a, b, *narrow = ctx.saved_tensors
+        g = gradients[0].reshape(-1, gradients[0].shape[-1])
+        n = len(a)
+        slices = g.chunk(n, 1)
+        pulled = [part @ up for part, up in zip(slices, b.to(g.dtype), strict=True)]
+        inputs = branch_input(x, survive).chunk(n, 1)
+        da = torch.stack([gb.T @ part for gb, part in zip(pulled, inputs, strict=True)])
+        db = torch.stack([z.T @ part for z, part in zip(narrow, slices, strict=True)]).mT
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = g @ weight
+            for i, (part, gb) in enumerate(zip(dx.chunk(n, 1), pulled, strict=True)):
+                down = a[i].to(g.dtype)
+                if survive is None:
+                    part.addmm_(gb, down, alpha=ctx.scale)
+                else:
+                    kept_part = survive.view_as(dx).chunk(n, 1)[i].to(g.dtype)
+                    part.addcmul_(gb @ down, kept_part, value=ctx.scale)
+            dx = dx.view(*gradients[0].shape[:-1], weight.shape[-1])
+        return dx, None, None, da.to(a.dtype).mul_(ctx.scale), db.to(b.dtype).mul_(ctx.scale), None, None

@@ -52,10 +52,22 @@ class Made(Factored, Built):
         return _through((a, b), (da, db), sources)
 
     def with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        if not plain(self, x) or weight.dtype != x.dtype:
-            return None
-        survive, scale = kept(self, x)
-        return _MadeLinear.apply(x, weight, bias, self, scale, survive, *self.sources())  # type: ignore[return-value]
+        return made_linear(self, x, weight, bias)
+
+
+def made_linear(part: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """`x W^T + bias + scale (x A^T) B^T` with W and bias frozen; None where autograd must see the pieces.
+
+    Args:
+        part: has `sources`, `made`, `train_a`, `train_b`, `scale` and `dropout`, as `Made` does.
+        x: `... x in`.
+        weight: W, `out x in`.
+        bias: `out`, or None.
+    """
+    if not plain(part, x) or weight.dtype != x.dtype:
+        return None
+    survive, scale = kept(part, x)
+    return _MadeLinear.apply(x, weight, bias, part, scale, survive, *part.sources())  # type: ignore[return-value]
 
 
 class _MadeLinear(torch.autograd.Function):
@@ -67,7 +79,7 @@ class _MadeLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        part: Made,
+        part: Any,
         scale: float,
         survive: Tensor | None,
         *sources: Tensor,
@@ -136,7 +148,7 @@ def constant(source: Tensor, dtype: torch.dtype, view: Callable[[Tensor], Tensor
         view: what is taken of it.
         key: names the view, equal for equal views.
     """
-    if torch.compiler.is_compiling() or source.is_meta or type(source) is not Tensor:
+    if torch.compiler.is_compiling() or source.is_meta or source.is_inference() or type(source) is not Tensor:
         return view(source).to(dtype)
     if source not in _CONSTANTS:
         _CONSTANTS[source] = {}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...model.weights import Weight
 from ..part import Delta
 from .low_rank import dropped
+from .made import made_linear
 from .recompute import recomputed
 
 
@@ -32,6 +33,7 @@ class Monarch(Delta):
 
     settings: ClassVar[tuple[str, ...]] = ("fan_out", "fan_in", "replaces", "dropout")
     lean = True
+    scale, train_a, train_b = 1.0, True, True
 
     def __init__(
         self, w1: Tensor, w2: Tensor, fan_out: int, fan_in: int, replaces: bool = False, dropout: float = 0.0
@@ -63,6 +65,23 @@ class Monarch(Delta):
 
     def side(self, x: Tensor) -> Tensor:
         return recomputed(self._applied, dropped(self, x), self.w1, self.w2)
+
+    def with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        # Between the factors there are few values: with zeros in them, they are those of a low-rank change.
+        few = 4 * self.w1[..., 0].numel() <= min(self.fan_in, self.fan_out)
+        return made_linear(self, x, weight, bias) if few and not self.replaces else None
+
+    def sources(self) -> list[Tensor]:
+        """The factors, as they train."""
+        return [self.w1, self.w2]
+
+    def made(self, dtype: torch.dtype, *sources: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors as matrices, `K R L x in` and `out x K R L`, with their zeros."""
+        w1, w2 = (source.to(dtype) for source in sources)
+        (k, q, p), (l, s, kr) = w1.shape, w2.shape
+        first = (w1.unsqueeze(2) * torch.eye(k, dtype=dtype, device=w1.device).view(k, 1, k, 1)).view(k * q, k * p)
+        spread = w2.transpose(0, 1).unsqueeze(-1) * torch.eye(l, dtype=dtype, device=w2.device).unsqueeze(1)
+        return first[:, : self.fan_in], spread.reshape(s * l, kr * l)[: self.fan_out]
 
     def around(self, call: Callable[[Tensor], Tensor], x: Tensor, weight: Weight) -> Tensor | None:
         if not self.replaces:
