@@ -7,11 +7,6 @@ One sign of K throughout; `peft` turns it around for its exact transform, which 
 Use it where low-rank updates forget too much, with quantised bases as well: the weight is never unpacked.
 """
 
-import math
-
-import torch
-from torch import Tensor
-
 from ...core import fields
 from ...core.init import zeros
 from ...core.method import WeightMethod
@@ -19,18 +14,6 @@ from ...core.operators.rotation import BlockRotation
 from ...core.registry import method
 from ...core.rule import Rule, Run
 from ...model.weights import Weight
-
-
-def strain(part: BlockRotation, eps: float) -> Tensor:
-    """`||K||_F sqrt(blocks) / eps` of every block, `blocks x 1`; COFT wants at most 1."""
-    # Every entry above the diagonal stands a second time, negated, below it.
-    return math.sqrt(2 * len(part.k)) / eps * part.k.detach().norm(dim=1, keepdim=True)
-
-
-@torch.no_grad()
-def leash(part: BlockRotation, eps: float) -> None:
-    """Project every block's skew-symmetric matrix back onto `||K||_F <= eps / sqrt(blocks)`."""
-    part.k.div_(strain(part, eps).clamp(min=1))
 
 
 class Leash(Rule):
@@ -42,7 +25,7 @@ class Leash(Rule):
     def step_end(self, run: Run) -> None:
         for part in run.tuned.parts():
             if isinstance(part, BlockRotation):
-                leash(part, self.eps)
+                part.leash(self.eps)
 
 
 @method("oft", paper="2306.07280", family="structured")
