@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ...model.weights import Weight
+from .low_rank import base_product, plain
 from .singular import Singular
 
 
@@ -64,6 +66,12 @@ class TurnedSpectrum(Singular):
         x = self.turned(x)
         y = call(x)
         return y + (((x @ vh.to(x.dtype).T) * self.change().to(x.dtype)) @ u.to(x.dtype).T).to(y.dtype)
+
+    def with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        if not plain(self, x) or weight.dtype != x.dtype:
+            return None
+        inner = torch.kron(self.q2, self.q3).to(x.dtype)
+        return _TurnedLinear.apply(x, weight, bias, self.change(), self.q1.to(x.dtype), inner, self.vectors)  # type: ignore[return-value]
 
 
 class TurnedFactor(Singular):
@@ -133,3 +141,57 @@ def turned(x: Tensor, rotations: tuple[Tensor, Tensor, Tensor], *, back: bool = 
     turns = [q.to(x.dtype).mT if back else q.to(x.dtype) for q in rotations]
     blocks = x.unflatten(-1, [q.shape[-1] for q in turns])
     return torch.einsum("...abc,ad,be,cf->...def", blocks, *turns).flatten(-3)
+
+
+class _TurnedLinear(torch.autograd.Function):
+    """`x O (W + U diag(c) V^T)^T + bias`, `O = q1 kron inner`; W, bias, U and V are constant. Keeps x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        c: Tensor,
+        q1: Tensor,
+        inner: Tensor,
+        vectors: Callable[[], tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        ctx.vectors = vectors
+        ctx.save_for_backward(x, weight, c, q1, inner)
+        vh, u = (tensor.to(x.dtype) for tensor in vectors())
+        read = _two_turns(x, q1, inner)[1]
+        y, rows = base_product(read.view(x.shape), weight, bias)
+        rows.addmm_((read @ vh.T).mul_(c.to(x.dtype)), u.T)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, weight, c, q1, inner = ctx.saved_tensors
+        g = gradients[0].reshape(-1, gradients[0].shape[-1])
+        vh, u = (tensor.to(g.dtype) for tensor in ctx.vectors())
+        half, read = _two_turns(x, q1, inner)
+        gz = g @ u
+        dc = (read @ vh.T).mul_(gz).sum(0).to(c.dtype)
+        pulled = (g @ weight).addmm_(gz.mul_(c.to(g.dtype)), vh)
+        n, m = len(q1), len(inner)
+        blocks = pulled.view(-1, n, m)
+        dhalf = (q1 @ blocks).view(-1, m)
+        dq1 = _long(half.view(-1, n, m)) @ _long(blocks).T
+        dinner = x.reshape(-1, m).T @ dhalf
+        dx = (dhalf @ inner.T).view(x.shape) if ctx.needs_input_grad[0] else None
+        return dx, None, None, dc, dq1, dinner, None
+
+
+def _two_turns(x: Tensor, q1: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
+    """`x (I kron inner)` and `x (q1 kron inner)`, each `tokens x in`."""
+    # Detached, since matmul chooses its kernel by what requires a gradient: frozen must give the same bits.
+    half = x.detach().reshape(-1, len(inner)) @ inner.detach()
+    whole = q1.detach().T @ half.view(-1, len(q1), len(inner))
+    return half, whole.view(-1, x.shape[-1])
+
+
+def _long(blocks: Tensor) -> Tensor:
+    """`tokens x n x m` as `n x tokens m`."""
+    return blocks.transpose(0, 1).reshape(blocks.shape[1], -1)
