@@ -15,10 +15,11 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from ..model.anatomy import Site
-from ..model.weights import CONVOLUTIONS, Weight, consumes, dequantised, is_ordinary
+from ..model.weights import CONVOLUTIONS, Weight, consumes, dequantised, is_ordinary, is_quantised
 from .attention import Attending, attended
 from .operators.effective import effective_linear, folded
 from .operators.low_rank import Factored, lifted
@@ -342,7 +343,7 @@ def _linear(
         if y is not None:
             sides = []
     if y is None:
-        y = call(x)
+        y = _unpacking(layer, call, x) if _packed(stored, x) else call(x)
     gains = [delta.gains() for delta in sides if delta.site.rows is not None]
     if gains and all(gain is not None for gain in gains) and len(gains) == len(sides):
         y = y * _gained(sides, layer, y)
@@ -370,6 +371,40 @@ def _ordinary(layer: nn.Module, stored: Any) -> bool:
         and not stored.requires_grad
         and base.forward in (nn.Linear.forward, Conv1D.forward)
     )
+
+
+def _packed(stored: Any, x: Tensor) -> bool:
+    """Whether autograd would keep the unpacked weight of a quantised layer; bitsandbytes' functions do not."""
+    return (
+        stored is not None
+        and torch.is_grad_enabled()
+        and x.requires_grad
+        and not torch.compiler.is_compiling()
+        and is_ordinary(x)
+        and not torch.is_autocast_enabled(x.device.type)
+        and is_quantised(stored)
+        and not hasattr(stored, "quant_state")
+        and not hasattr(stored, "SCB")
+    )
+
+
+def _unpacking(layer: nn.Module, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+    return _Unpacking.apply(x, layer, call)  # type: ignore[return-value]
+
+
+class _Unpacking(torch.autograd.Function):
+    """A quantised layer's own product, whose backward unpacks the weight again instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Module, call: Callable[..., Tensor]) -> Tensor:
+        ctx.layer = layer
+        y = call(x.detach())
+        return y.clone() if y._is_view() else y  # what follows is added in place
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0] @ Weight(ctx.layer).matrix().to(gradients[0].dtype), None, None
 
 
 def _gained(deltas: Sequence[Delta], layer: nn.Module, y: Tensor) -> Tensor:

@@ -117,3 +117,24 @@ def test_a_base_that_bitsandbytes_repacked_for_inference_trains_all_the_same(sav
     model(**inputs).loss.backward()
     grads = [parameter.grad for name, parameter in tuned.named_parameters() if name.endswith(".b")]
     assert all(grad is not None and grad.abs().sum() > 0 for grad in grads)
+
+
+def test_no_unpacked_weight_is_kept_for_backward(quantised) -> None:
+    model = copy.deepcopy(quantised)
+    tuned = dw.attach(model, dw.LoRA(rank=2))
+    shapes = {tuple(Weight(model.get_submodule(part.site.path)).shape) for part in tuned.parts()}
+    own = {parameter.data_ptr() for parameter in model.parameters() if not is_quantised(parameter)}
+    unpacked: list[tuple[int, ...]] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        shape = tuple(tensor.shape)
+        if {shape, shape[::-1]} & shapes and not is_quantised(tensor) and tensor.data_ptr() not in own:
+            unpacked.append(shape)
+        return tensor
+
+    inputs = {name: value.repeat(5, 1) for name, value in batch().items()}  # no activation has a weight's shape
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**inputs).loss
+    loss.backward()
+    assert not unpacked
+    assert all(parameter.grad is not None for parameter in tuned.parameters())
