@@ -15,6 +15,7 @@ COMMANDS = {
     "tune": "One run: base, data and method in, adapter, metrics and report out.",
     "compare": "Several methods on the same work, with repeats, intervals and pictures.",
     "recommend": "Which method to take: a short list from a finished study.",
+    "search": "Which methods, on which blocks, of which sizes: the best for each cost, as recipes.",
     "methods": "The catalogue; with --base, what each method would cost there.",
     "plan": "Memory, sizes and time of a run, predicted before a weight is loaded.",
     "inspect": "What a base is made of, or what an adapter holds.",

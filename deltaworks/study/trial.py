@@ -18,6 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from ..core.method import Method
 from ..nursery import PREFIX, base_path
 from ..training.recipe import Recipe
@@ -47,6 +49,7 @@ class Trial:
         domain: text of the base's own domain, of which the loss is measured before and after: a source as `data=`
             takes it, or `nursery:NAME` of a text base.
         context: training examples in the prompt, where kind is "context".
+        groups: column of the data that says to which group a held-out row belongs; figures are then also by group.
         labels: what the study calls it; no part of the key.
     """
 
@@ -55,6 +58,7 @@ class Trial:
     half: Half | None = None
     domain: str | None = None
     context: int = 0
+    groups: str | None = None
     labels: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def content(self) -> dict[str, Any]:
@@ -70,12 +74,13 @@ class Trial:
             unused = ("method", "settings", "also", "lr", "schedule", "warmup", "optimizer", "weight_decay", "clip")
             unused += ("steps", "epochs", "accumulation", "checkpointing", "measure", "evaluate_every")
             kept = {name: value for name, value in kept.items() if name not in unused}
-        return {
+        grouped = {"groups": self.groups} if self.groups else {}
+        return grouped | {
             "kind": self.kind,
             "half": self.half,
             "context": self.context,
             "recipe": kept,
-            "device": recipe["device"],
+            "device": recipe["device"] or ("cuda" if torch.cuda.is_available() else "cpu"),
             "base": mark(self.recipe.base, base=True),
             "data": mark(self.recipe.data),
             "validation": _file_mark(self.recipe.validation),

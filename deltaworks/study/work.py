@@ -11,6 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from .. import adapters
 from ..core.registry import find
 from ..core.tuned import base_size
 from ..data import Prepared, epoch_order, load, prepare
@@ -18,6 +19,7 @@ from ..nursery import PREFIX, corpus
 from ..training.evaluation import IGNORED, held_out, samples
 from ..training.recipe import Recipe
 from ..training.tune import Opened, Progress, open_run, tune
+from .fairness import Groups, groups_of
 from .flops import Flops
 from .rows import Row
 from .scores import scores
@@ -39,15 +41,17 @@ def perform(trial: Trial, folder: Path, tell: Progress = lambda event, **figures
 
     Returns:
         Plain values: `task`, `figures` (held out: loss, merit, scores of generated texts), `before` (the same of the
-        base), `trainable`, `total`, `stored_bytes`, `peak_memory_bytes`, `steps`, `step_seconds` (median),
-        `step_flops`, `example_flops` (a forward pass), `losses`, `evaluations`, `domain_before`, `domain_after`,
-        `samples`, `device`, `machine`. What does not apply is None.
+        base), `trainable`, `total`, `stored_bytes`, `kept` (values in the artifact), `peak_memory_bytes`, `steps`,
+        `step_seconds` (median), `step_flops`, `example_flops` (a forward pass), `losses`, `evaluations`,
+        `domain_before`, `domain_after`, `samples`, `device`, `machine`. What does not apply is None.
 
     Raises:
         ValueError, OSError: as `tune`.
     """
     recipe = dataclasses.replace(trial.recipe, output=str(folder)).complete()
-    opened = _halved(open_run(recipe, tell), trial.half)
+    whole = open_run(recipe, tell)
+    opened = _halved(whole, trial.half)
+    groups = _groups(trial, whole, recipe)
     domain = _domain(trial.domain, opened, recipe) if trial.domain else None
 
     def on_domain() -> float | None:
@@ -68,18 +72,27 @@ def perform(trial: Trial, folder: Path, tell: Progress = lambda event, **figures
     if trial.kind != "tune":
         return common | _untrained(trial, recipe, opened) | {"domain_after": domain_before}
 
-    watch = _Watch(tell)
+    def heard(event: str, **figures: Any) -> None:
+        if event == "evaluated" and groups is not None:
+            figures["figures"] = figures["figures"] | groups.figures(opened, recipe.batch_size)
+        tell(event, **figures)
+
+    watch = _Watch(heard)
     try:
         result = tune(recipe, resume=folder.exists(), progress=watch.hear, opened=opened)
     finally:
         watch.counted()
     metrics = result.metrics
     made = metrics["samples"]
+    if groups is not None and result.tuned is None:
+        adapters.load(opened.model, result.adapter)  # it was finished before this process began
+    by_group = groups.figures(opened, recipe.batch_size) if groups is not None else {}
     return common | {
-        "figures": (metrics["after"] or {}) | scores(made["after"]),
+        "figures": (metrics["after"] or {}) | scores(made["after"]) | by_group,
         "before": (metrics["before"] or {}) | scores(made["before"]),
         "trainable": metrics["adapter"]["trainable"],
         "stored_bytes": metrics["adapter"]["stored_bytes"],
+        "kept": adapters.inspect(result.adapter)["values"],
         "peak_memory_bytes": metrics["peak_memory_bytes"],
         "steps": metrics["steps"],
         "step_seconds": watch.median(),
@@ -126,12 +139,27 @@ class _Watch:
         return statistics.median(self.times) if self.times else None
 
 
+def _groups(trial: Trial, whole: Opened, recipe: Recipe) -> Groups | None:
+    """The groups of those held-out rows that a trial looks at."""
+    if trial.groups is None:
+        return None
+    found = groups_of(whole, recipe, trial.groups)
+    return found.half(_chosen(trial.half, len(found.names)))
+
+
+def _chosen(half: Half | None, count: int) -> range:
+    """Numbers of the held-out rows of a half."""
+    if half is None or count < 2:
+        return range(count)
+    return range(0 if half == "choosing" else 1, count, 2)
+
+
 def _halved(opened: Opened, half: Half | None) -> Opened:
     """The run with every other held-out row only."""
     rows = opened.prepared.validation
     if half is None or rows is None or len(rows) < 2:
         return opened
-    chosen = rows.select(range(0 if half == "choosing" else 1, len(rows), 2))
+    chosen = rows.select(_chosen(half, len(rows)))
     return dataclasses.replace(opened, prepared=dataclasses.replace(opened.prepared, validation=chosen))
 
 

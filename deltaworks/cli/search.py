@@ -1,0 +1,200 @@
+"""`deltaworks search`: which methods, on which blocks, of which sizes; or, with --fair, what to train to be fair."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..study.search_spec import Search
+from ..training.recipe import Recipe
+from .compare import NOT_HERE
+from .tune import LISTS, default_text, kind_of, pairs
+
+if typing.TYPE_CHECKING:
+    from ..study.pareto import Found
+
+WRITTEN = ("keys",)
+# Demonstration, when neither base nor data nor a search is given.
+DEMONSTRATION = {"base": "nursery:decoder-xs", "steps": 60, "limit": 400, "max_length": 128, "samples": 0, "trials": 12}
+
+
+def command(**given: Any) -> None:
+    """Search for the methods, blocks and sizes that nobody beats in both quality and cost; each becomes a recipe.
+
+    Examples: [dim]deltaworks search --base ./roberta --data reviews.csv --steps 1000 --trials 200[/] ·
+    [dim]deltaworks search --base ./vit --data scans.csv --fair sex --epochs 10 --output runs/fair[/] ·
+    [dim]deltaworks search task.yaml --start-from runs/search[/] ·
+    [dim]deltaworks tune runs/search/pareto/01-lora.yaml[/]
+    """
+    from ..study.engine import Runner
+    from ..study.search import search
+
+    as_json, path, output = given.pop("as_json"), given.pop("search"), given.pop("output")
+    jobs, ray, cache = given.pop("jobs"), given.pop("ray"), given.pop("cache")
+    storage, start_from = given.pop("storage"), given.pop("start_from")
+    options = {name: value for name, value in given.items() if value not in (None, [], ())}
+    if "methods" in options:
+        options["methods"] = " ".join(options["methods"]).replace(",", " ").split()
+    if "rates" in options:
+        options["rates"] = _bounds(options["rates"])
+    if "columns" in options:
+        options["columns"] = pairs(options["columns"], LISTS["columns"][0])
+    if path is None and not {"base", "data", "steps", "epochs"} & set(options):
+        options = DEMONSTRATION | options
+    wanted = Search.read(path, **options) if path is not None else Search.of(options)
+    folder = Path(output) if output else Path("runs") / (path.stem if path is not None else "search")
+    told = _Told(quiet=as_json)
+    with Runner(cache, jobs, ray) as runner:
+        found = search(wanted, runner, folder, storage=storage, start_from=start_from, tell=told.hear)
+    if as_json:
+        best = [
+            {"recipe": str(one.path), **one.decided, "value": one.value, "cost": one.cost, "trainable": one.trainable,
+             "full_value": one.full_value} for one in found.best
+        ]  # fmt: skip
+        counts = {state: sum(one["status"] == state for one in found.trials) for state in ("done", "pruned", "failed")}
+        about = {"output": str(folder), "metric": found.metric, "run": found.run, "agreement": found.agreement}
+        print(json.dumps(about | counts | {"best": best}, default=str))
+        return
+    told.close(found, folder)
+
+
+def _bounds(text: str) -> list[float]:
+    """`1e-5,1e-3` as numbers.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    try:
+        low, high = (float(one) for one in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"--rates {text} is not understood; write the lowest and the highest, such as 1e-5,1e-3"
+        ) from None
+    return [low, high]
+
+
+class _Told:
+    """Prints a line for each trial, and the outcome."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.console = Console(highlight=False, quiet=quiet)
+
+    def hear(self, event: str, **figures: Any) -> None:
+        """One event of `search`."""
+        say = self.console.print
+        if event == "space":
+            parts = [", ".join(figures["methods"])] if figures["methods"] else []
+            parts += [f"{figures['layers']} blocks"] * bool(figures["layers"])
+            parts += [f"{figures['pieces']} pieces of the base"] * bool(figures["pieces"])
+            say(f"space    {figures['configurations']:,.0f} configurations: {'; '.join(parts)}")
+        elif event == "trial":
+            value = "" if figures["value"] is None else f"{figures['value']:.5g}"
+            cost = "" if figures["cost"] is None else f" at {figures['cost']:,.6g}"
+            said = {"done": value + cost, "pruned": "stopped", "failed": f"failed: {figures['error']}"}
+            text = f"{described(figures['decided'])}: {said[figures['status']]}"
+            say(f"trial    {figures['done']}/{figures['total']} {text}", markup=False)
+        elif event == "full":
+            said = f", failed: {figures['error']}" if figures["error"] else ""
+            say(f"full     {figures['done']}/{figures['total']}{said}", markup=False)
+        elif event == "exhausted":
+            say(f"search   ends here: {figures['reason']}", markup=False)
+
+    def close(self, found: Found, folder: Path) -> None:
+        """Print what came out."""
+        table = Table(title="what no other trial beats", title_justify="left")
+        columns = ["recipe", "configuration", f"{found.metric}, trial", f"{found.metric}, full run", "trainable"]
+        cost = found.search.cost
+        for column in [*columns, *([cost] if cost not in ("none", "params") else [])]:
+            table.add_column(column, justify="left" if column in columns[:2] else "right")
+        for one in found.best:
+            assert one.path is not None
+            whole = "-" if one.full_value is None else f"{one.full_value:.5g}"
+            extra = [f"{one.cost:,.6g}"] if cost not in ("none", "params") else []
+            table.add_row(
+                one.path.name, described(one.decided), f"{one.value:.5g}", whole, f"{one.trainable:,}", *extra
+            )
+        self.console.print(table)
+        states = [one["status"] for one in found.trials]
+        said = ", ".join(f"{states.count(state)} {state}" for state in ("done", "pruned", "failed"))
+        self.console.print(f"trials   {said}")
+        if found.agreement is not None:
+            self.console.print(f"order    trials and full runs agree with a rank correlation of {found.agreement:.2f}")
+        self.console.print(f"results  {folder}", soft_wrap=True)
+        self.console.print(f"next     deltaworks tune {found.winner.path}", soft_wrap=True)
+
+
+def described(decided: dict[str, Any]) -> str:
+    """A configuration in a few words, such as `lora rank 4 + ia3 on blocks 0, 3`."""
+    settings = decided["settings"]
+    methods = settings.get("methods", {decided["method"]: settings}) if decided["method"] == "autopeft" else None
+    methods = methods or {decided["method"]: settings}
+    parts = []
+    for slug, inner in methods.items():
+        words = [slug]
+        for name, value in inner.items():
+            words.append(f"{len(value)} pieces" if name == "on" and isinstance(value, list) else f"{name} {value}")
+        parts.append(" ".join(words))
+    layers = settings.get("layers") if decided["method"] == "autopeft" else None
+    where = f" on blocks {', '.join(map(str, layers))}" if layers is not None else ""
+    rate = f" at lr {decided['lr']:g}" if "lr" in decided else ""
+    return " + ".join(parts) + where + rate
+
+
+def _signature() -> inspect.Signature:
+    """The command's options: a search's keys and a recipe's, each with its help."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
+
+    def one(name: str, default: Any, kind: Any, option: Any) -> inspect.Parameter:
+        return inspect.Parameter(name, keyword, default=default, annotation=Annotated[kind, option])
+
+    several = list[str] | None
+    parameters = [one("search", None, Path | None, typer.Argument(help="A search's YAML file."))]
+    for cls, left_out in ((Search, WRITTEN), (Recipe, NOT_HERE)):
+        hints = typing.get_type_hints(cls)
+        for item in dataclasses.fields(cls):
+            if item.name in left_out:
+                continue
+            flag, text = "--" + item.name.replace("_", "-"), item.metadata["help"]
+            if item.name in LISTS:
+                flag, meta, text = LISTS[item.name]
+                parameters.append(one(item.name, None, several, typer.Option(flag, metavar=meta, help=text)))
+            elif item.name == "methods":
+                option = typer.Option(flag, metavar="A,B,...", help=text)
+                parameters.append(one(item.name, None, several, option))
+            elif item.name == "rates":
+                parameters.append(one(item.name, None, str | None, typer.Option(flag, metavar="LOW,HIGH", help=text)))
+            else:
+                kind = kind_of(hints[item.name]) | None
+                flag = f"{flag}/--no-{flag[2:]}" if kind == (bool | None) else flag
+                option = typer.Option(flag, help=text + default_text(item.default), show_default=False)
+                parameters.append(one(item.name, None, kind, option))
+    start = typer.Option(help="folder of another search, whose best are tried first", metavar="FOLDER")
+    storage = typer.Option(
+        help="where trials are kept: a database's URL [default: search.db in --output]", metavar="URL"
+    )
+    jobs = typer.Option(help="trials side by side on this machine")
+    ray = typer.Option(help="address of a Ray cluster to run on: auto, HOST:PORT, or local", metavar="ADDRESS")
+    cache = typer.Option(help="folder of runs that are known already [default: ~/.cache/deltaworks/trials]")
+    folder = typer.Option(help="folder of the results; a search that is there goes on [default: runs/SEARCH]")
+    machine = typer.Option("--json", help="print the results as JSON and nothing else")
+    return inspect.Signature([
+        *parameters,
+        one("start_from", None, str | None, start),
+        one("storage", None, str | None, storage),
+        one("jobs", 1, int, jobs),
+        one("ray", None, str | None, ray),
+        one("cache", None, str | None, cache),
+        one("output", None, str | None, folder),
+        one("as_json", False, bool, machine),
+    ])  # fmt: skip
+
+
+command.__signature__ = _signature()  # type: ignore[attr-defined]
