@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ...model.weights import Weight
+from .low_rank import base_product, plain
 from .recompute import recomputed
 from .row_dropout import RowDropout
 
@@ -76,6 +78,12 @@ class Kronecker(RowDropout):
     def side(self, x: Tensor) -> Tensor:
         return self.thinned(recomputed(self._applied, x, *self._tensors()))
 
+    def with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        if self.dropping() or not plain(self, x) or weight.dtype != x.dtype:
+            return None
+        first, second = (factor.to(x.dtype) for factor in self.factors())
+        return _KroneckerLinear.apply(x, weight, bias, first, second, self.scale)  # type: ignore[return-value]
+
     def _applied(self, x: Tensor, *tensors: Tensor) -> Tensor:
         first, second = (factor.to(x.dtype) for factor in self._factors(*tensors))
         blocks = x.unflatten(-1, (first.shape[1], second.shape[1]))
@@ -93,3 +101,68 @@ def _cost(first: torch.Size, second: torch.Size) -> int:
     """Products a token, the cheaper way."""
     (o1, i1), (o2, i2) = first, second
     return min(o1 * i1 * i2 + o1 * i2 * o2, i1 * i2 * o2 + o1 * i1 * o2)
+
+
+class _KroneckerLinear(torch.autograd.Function):
+    """`x W^T + bias + scale x kron(W1, W2)^T`, W and bias frozen; keeps x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor, second: Tensor, scale: float
+    ) -> Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(x, weight, first, second)
+        y, rows = base_product(x, weight, bias)
+        half = _halfway(x, first, second)
+        if _first_first(first.shape, second.shape):
+            rows.view(-1, len(second)).addmm_(half.flatten(0, 1), second.T, alpha=scale)
+        else:
+            blocks = rows.view(-1, len(first), len(second))
+            blocks.baddbmm_(first.expand(len(blocks), -1, -1), half, alpha=scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, weight, first, second = ctx.saved_tensors
+        (o1, i1), (o2, i2) = first.shape, second.shape
+        g = gradients[0].reshape(-1, o1 * o2)
+        half = _halfway(x, first, second)
+        need_x, need_first, need_second = ctx.needs_input_grad[0], *ctx.needs_input_grad[3:5]
+        dx = g @ weight if need_x else None
+        dfirst = dsecond = None
+        if _first_first(first.shape, second.shape):
+            pulled = (g.view(-1, o2) @ second).view(-1, o1, i2)
+            if need_second:
+                dsecond = g.view(-1, o2).T @ half.flatten(0, 1)
+            if need_first:
+                dfirst = _long(pulled) @ _long(x.reshape(-1, i1, i2)).T
+            if dx is not None:
+                dx.view(-1, i1, i2).baddbmm_(first.T.expand(len(dx), -1, -1), pulled, alpha=ctx.scale)
+        else:
+            blocks = g.view(-1, o1, o2)
+            pulled = first.T @ blocks
+            if need_second:
+                dsecond = pulled.flatten(0, 1).T @ x.reshape(-1, i2)
+            if need_first:
+                dfirst = _long(blocks) @ _long(half).T
+            if dx is not None:
+                dx.view(-1, i2).addmm_(pulled.flatten(0, 1), second, alpha=ctx.scale)
+        for slope in (dfirst, dsecond):
+            if slope is not None:
+                slope.mul_(ctx.scale)
+        return dx if dx is None else dx.view(x.shape), None, None, dfirst, dsecond, None
+
+
+def _halfway(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """`W1 X` or `X W2^T`, whichever comes first, for every row of x: `tokens x . x .`."""
+    # Detached, since matmul chooses its kernel by what requires a gradient: frozen must give the same bits.
+    blocks, first, second = x.detach().reshape(-1, first.shape[1], second.shape[1]), first.detach(), second.detach()
+    if _first_first(first.shape, second.shape):
+        return first @ blocks
+    return (blocks.flatten(0, 1) @ second.T).view(len(blocks), -1, len(second))
+
+
+def _long(blocks: Tensor) -> Tensor:
+    """`tokens x n x m` as `n x tokens m`."""
+    return blocks.transpose(0, 1).reshape(blocks.shape[1], -1)
