@@ -97,34 +97,37 @@ class _ReflectedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, part: Householder, raw: Tensor) -> Tensor:
-        u, core = (tensor.to(x.dtype) for tensor in part.compact(raw.detach()))
+        exact_u, exact_core = part.compact(raw.detach())
+        u, core = exact_u.to(x.dtype), exact_core.to(x.dtype)
         flat = x.reshape(-1, x.shape[-1])
         z = flat @ u
         ctx.part = part
-        ctx.save_for_backward(x if ctx.needs_input_grad[4] else None, z, weight, raw)
+        ctx.save_for_backward(x if ctx.needs_input_grad[4] else None, z, weight, raw, exact_core)
         return base_product(torch.addmm(flat, z @ core, u.T, alpha=-1).view(x.shape), weight, bias)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, z, weight, raw = ctx.saved_tensors
+        x, z, weight, raw, exact_core = ctx.saved_tensors
         g = gradients[0].reshape(-1, gradients[0].shape[-1])
         with torch.enable_grad():
-            raw = raw.detach().requires_grad_()
-            exact_u, exact_core = ctx.part.compact(raw)
-        u, core = exact_u.detach().to(g.dtype), exact_core.detach().to(g.dtype)
+            raw = raw.detach().requires_grad_(ctx.part.orthogonal)
+            exact_u = ctx.part._units(raw)
+        u, core = exact_u.detach().to(g.dtype), exact_core.to(g.dtype)
         pulled = g @ weight  # the gradient of what the layer reads
         p = pulled @ u
         dz = p @ core.T
         du = None
         if x is not None:
-            made = torch.cat([z @ core, dz], dim=1).T
-            # Rows of U^T's gradient: what its use on the way out contributes, and what that on the way in does.
-            outwards = made[: len(core)] @ pulled
-            du = outwards.add_(made[len(core) :] @ x.reshape(-1, x.shape[-1])).T.to(raw.dtype).neg()
-            dcore = (z.T @ p).to(raw.dtype).neg()
-            trained = [t for t in (exact_u, exact_core) if t.requires_grad]
-            (du,) = torch.autograd.grad(trained, raw, [du, dcore][: len(trained)])
+            # What U contributes on the way out, and what it does on the way in.
+            du = ((z @ core).T @ pulled).add_(dz.T @ x.reshape(-1, x.shape[-1])).T.to(raw.dtype).neg()
+            if ctx.part.orthogonal:
+                (du,) = torch.autograd.grad(exact_u, raw, du)
+            else:
+                # C is the inverse of the strict upper triangle of U^T U with halves on its diagonal, transposed.
+                dgram = torch.triu(exact_core @ (p.T @ z).to(raw.dtype) @ exact_core, 1)
+                du = torch.addmm(du, exact_u, dgram + dgram.T)
+                du = (du - exact_u * (exact_u * du).sum(0)) / raw.norm(dim=0)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = pulled.addmm_(dz, u.T, alpha=-1).view(*gradients[0].shape[:-1], weight.shape[-1])
