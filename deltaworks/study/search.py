@@ -241,7 +241,8 @@ class _Searching:
             if name not in self.sizes:
                 method = make(decided["method"], **decided["settings"])
                 sized = size_on(self.model, method)
-                self.sizes[name] = method.needs_data or sized.get("trainable", math.inf) <= self.largest
+                # A refusal says no number; what depends on data cannot say one.
+                self.sizes[name] = method.needs_data or sized.get("trainable", math.nan) <= self.largest
             self.sizes[key] = self.sizes[name]
         return self.sizes[key]
 
