@@ -55,28 +55,30 @@ def turned_linear(x: Tensor, weight: Tensor, bias: Tensor | None, r: Tensor, s: 
 
 
 class _TurnedLinear(torch.autograd.Function):
-    """Keeps x; R is small, and the product that s scales is made again for the gradient of s."""
+    """Keeps x (for R) and the product that s scales (for s): making that again would cost a whole base product."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, r: Tensor, s: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] or ctx.needs_input_grad[4] else None, weight, r, s)
+        kept = x if ctx.needs_input_grad[3] else None
         turned = _turned(x, r)
         if s is None:
+            ctx.save_for_backward(kept, weight, r, s, None)
             return base_product(turned, weight, bias)[0]
-        y, rows = base_product(turned, weight, None)
-        rows.mul_(s.to(x.dtype))
+        plain = turned.reshape(-1, x.shape[-1]) @ weight.T
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])
+        torch.mul(plain, s.to(x.dtype), out=y.view(plain.shape))
+        ctx.save_for_backward(kept, weight, r, s, plain if ctx.needs_input_grad[4] else None)
         return y if bias is None else y.add_(bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, weight, r, s = ctx.saved_tensors
+        x, weight, r, s, plain = ctx.saved_tensors
         g = gradients[0].reshape(-1, gradients[0].shape[-1])
         ds = dr = dx = None
         if s is not None:
-            if ctx.needs_input_grad[4]:
-                plain = _turned(x, r).reshape(-1, x.shape[-1]) @ weight.T
-                ds = plain.mul_(g).sum(0).to(s.dtype)
+            if plain is not None:
+                ds = (plain * g).sum(0).to(s.dtype)
             g = g * s.to(g.dtype)
         pulled = g @ weight
         b = r.shape[-1]
