@@ -98,7 +98,7 @@ class Search:
         default: tuple[Any, ...] = (MASKED,) if self.fair else PUBLISHED
         found: list[dict[str, Any]] = []
         for item in self.methods or default:
-            entry = dict(item) if isinstance(item, Mapping) else {"method": str(item)}
+            entry: dict[str, Any] = dict(item) if isinstance(item, Mapping) else {"method": str(item)}
             for key in entry:
                 if key not in ("method", "settings", "sizes", "pieces"):
                     raise ValueError(f"search: an entry of methods has {key!r}; it has method, settings, sizes, pieces")
@@ -109,7 +109,7 @@ class Search:
                 raise ValueError(f"search: sizes of {entry['method']} must be a list, not {entry['sizes']!r}")
             if entry["method"] == "autopeft":
                 raise ValueError("search: autopeft is what a search makes; name the methods that it may hold")
-            make(str(entry["method"]), **dict(entry.get("settings") or {}))
+            make(entry["method"], **(entry.get("settings") or {}))
             found.append(entry)
         slugs = [entry["method"] for entry in found]
         if len(set(slugs)) < len(slugs):

@@ -15,6 +15,7 @@ import torch
 
 import deltaworks as dw
 from deltaworks.cli import main
+from deltaworks.methods.modules.autopeft import AutoPEFT
 from deltaworks.study.engine import Hear, Runner
 from deltaworks.study.fairness import auc, differences, less_is_better, merits, over
 from deltaworks.study.pareto import Found
@@ -46,8 +47,8 @@ def wanted(folder: Path, **keys: Any) -> Search:
 def size_of(trial: Trial) -> float:
     """A number that grows with what a trial's recipe trains."""
     method = trial.recipe.made()
-    methods = method.members if isinstance(method, dw.AutoPEFT) else {trial.recipe.method: method}
-    blocks = len(method.layers) if isinstance(method, dw.AutoPEFT) and method.layers is not None else 2
+    methods = method.members if isinstance(method, AutoPEFT) else {trial.recipe.method: method}
+    blocks = len(method.layers) if isinstance(method, AutoPEFT) and method.layers is not None else 2
     return blocks * sum(getattr(one, "rank", 0) + 16 / getattr(one, "reduction", 1e9) for one in methods.values())
 
 
@@ -149,7 +150,7 @@ def test_the_copula_keeps_the_order_and_has_mean_zero() -> None:
 def test_the_sparse_prior_finds_the_variables_that_count() -> None:
     generator = np.random.default_rng(0)
     names = [f"x{number:02d}" for number in range(16)]
-    space = {name: optuna.distributions.FloatDistribution(0, 1) for name in names}
+    space: dict[str, Any] = {name: optuna.distributions.FloatDistribution(0, 1) for name in names}
     sampler = SparseGPSampler(seed=0, n_startup_trials=2)
     study = optuna.create_study(directions=["minimize"], sampler=sampler)
     for _ in range(60):
@@ -184,7 +185,7 @@ def test_the_model_proposes_better_than_chance() -> None:
 
     volumes: dict[str, list[float]] = {"gp": [], "random": []}
     for kind, seed in [("gp", 0), *(("random", seed) for seed in range(5))]:
-        study, points, tried = optuna.create_study(directions=["minimize"] * 2), [], set()
+        study, points, tried = optuna.create_study(directions=("minimize", "minimize")), [], set()
         for number in range(13):
             inner = make_sampler(kind, 100 * seed + number, 10)
             study.sampler = Valid(inner, space, lambda _: True, tried, 100 * seed + number, first=number < 10)
