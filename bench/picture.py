@@ -123,7 +123,9 @@ def finished(record: Mapping[str, Any], path: Path) -> None:
                     value = rows[name][side].get(key) if rows[name].get(side) else None
                     if value:
                         axis.barh(place + shift, value * unit, 0.36, color=colour)
-                        axis.annotate(f" {value * unit:.2g}", (value * unit, place + shift), va="center", fontsize=8)
+                        shown = value * unit
+                        text = f" {shown:,.0f}" if shown >= 100 else f" {shown:.2g}"
+                        axis.annotate(text, (shown, place + shift), va="center", fontsize=8)
             axis.set_xscale("log")
             axis.margins(x=0.12)
             axis.set_title(title)
