@@ -24,7 +24,8 @@ def stepped(length: int) -> int:
 
 def longest(*splits: Dataset | None) -> int:
     """Tokens in the longest row."""
-    found = [pc.max(pc.list_value_length(split.data.column("input_ids"))).as_py() for split in splits if split]
+    kernels: Any = pc  # whose functions are made at import
+    found = [kernels.max(kernels.list_value_length(s.data.column("input_ids"))).as_py() for s in splits if s]
     return max(found)
 
 
