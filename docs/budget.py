@@ -157,9 +157,9 @@ def page(record: dict[str, Any]) -> str:
         f"The shipped decoder ({record['base']['parameters']:,} parameters, float32), {STEPS} steps of {ROWS} rows of "
         f"its docstrings, every method at its own defaults and learning rate, at rank 8 if by default above, "
         f"without dropout. Loss: of {HELD_OUT} held-out completions after training, mean over {SEEDS} seeds with the "
-        f"95 % interval of the mean; the untouched base has {record['base']['loss']:.3f}. Saved: bytes that "
-        "autograd keeps for backward, per token, beyond what it keeps for the frozen base (below zero: the method needs no gradient "
-        "in the first layers). Written by `python docs/budget.py`.",
+        f"95 % interval of the mean; the untouched base has {record['base']['loss']:.3f}. Saved: bytes that autograd "
+        "keeps for backward, per token, beyond what it keeps for the frozen base (below zero: the method needs no "
+        "gradient in the first layers). Written by `python docs/budget.py`.",
         "",
         "So few steps at one learning rate rank neither methods nor papers: the table says what each costs, and that "
         "it learns.",
