@@ -178,6 +178,8 @@ class Graft(nn.Module):
                 f"the batch has {x.shape[0]} rows at {type(layer).__name__}, the routing {len(routing)}; "
                 "give one adapter name per example (fused experts cannot be routed, they see tokens without examples)"
             )
+        if consumes(layer) == "linear" and len(args) + len(kwargs) == 1:
+            return self._by_group(layer, call, x, place, chosen, routing)
         result = call(*args, **kwargs)
         y, rebuild = _output(result)
         y = y.clone()
@@ -205,6 +207,34 @@ class Graft(nn.Module):
                     own = part.output(own, part_x)
             y = y.index_copy(0, rows, own.to(y.dtype))
         return rebuild(y)
+
+    def _by_group(
+        self,
+        layer: nn.Module,
+        call: Callable[..., Any],
+        x: Tensor,
+        place: Callable[[Tensor], tuple[tuple, dict[str, Any]]],
+        chosen: dict[str, list[Part]],
+        routing: tuple[str | None, ...],
+    ) -> Tensor:
+        """A linear layer's output: one product for the examples of each adapter, none for the batch as a whole."""
+        groups: dict[str | None, list[int]] = {}
+        for row, name in enumerate(routing):
+            groups.setdefault(name if chosen.get(name or "") else None, []).append(row)
+        outputs = []
+        for name, rows in groups.items():
+            first, last = rows[0], rows[-1] + 1
+            together = last - first == len(rows)
+            mine = x[first:last] if together else x.index_select(0, torch.tensor(rows, device=x.device))
+            args, kwargs = place(mine)
+            parts = chosen.get(name or "")
+            outputs.append(self._through(layer, call, args, kwargs, _sorted(parts)) if parts else call(*args, **kwargs))
+        order = [row for rows in groups.values() for row in rows]
+        y = torch.cat(outputs)
+        if order == sorted(order):
+            return y
+        back = torch.tensor(order, device=x.device).argsort()
+        return y.index_select(0, back)
 
     def weight(self, layer: nn.Module, parameter: str) -> Tensor | None:
         """A parameter with the active deltas folded in, in storage layout: what code that reads the weight gets."""
