@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..study.spec import FIXED, Study
+from ..study.recipe_keys import FIXED
+from ..study.spec import Study
 from ..training.recipe import Recipe
 from .tune import LISTS, default_text, kind_of, pairs
 

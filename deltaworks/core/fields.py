@@ -111,6 +111,19 @@ def mapping(help: str) -> Any:
     return field({}, help, check, wanted)
 
 
+def declared(default: Any, help: str, wanted: str, good: Callable[[Any], bool]) -> Any:
+    """A value of which `good` says whether it may be, and `wanted` what would be right."""
+    return field(default, help, lambda value: None if good(value) else wanted, wanted)
+
+
+def text(default: str | None, help: str) -> Any:
+    """A text that is not empty; or None, where that is the default."""
+    wanted = "a text" if default is not None else "a text or none"
+    return declared(
+        default, help, wanted, lambda v: (v is None and default is None) or (isinstance(v, str) and bool(v))
+    )
+
+
 def token_ids(help: str) -> Any:
     """A list of token ids, or of lists of them; empty by default."""
     wanted = "a list of token ids"

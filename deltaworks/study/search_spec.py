@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
-
 from ..core import fields
 from ..core.registry import find, make
+from ..training import yaml_file
 from ..training.recipe import Recipe
+from .recipe_keys import FIXED, RECIPE, filled, flat, own_keys, parted, refuse_unknown
 from .samplers import SAMPLERS
-from .spec import FIXED, RECIPE, _declared, _many, _text, amount
+from .spec import amount
 
 PUBLISHED = ("pfeiffer", "parallel_adapter", "prefix_tuning", "lora")
 """AutoPEFT's modules, and LoRA."""
 MASKED = {"method": "full", "pieces": ["norm", "attention", "mlp"]}
 """FairTune's: three bits a block."""
 FAIR_RATES = (1e-5, 1e-3)
+INSTEAD = {name: f"{name} is what is looked for; say with methods what it may be" for name in ("method", "settings")}
 COSTS = {"params": "kept", "bytes": "stored_bytes", "memory": "peak_memory_bytes", "time": "step_seconds"}
 """What is spent, and the column of a row that says so; `params` are the values in the artifact."""
 
@@ -37,35 +36,39 @@ class Search:
 
     slug: ClassVar[str] = "search"
 
-    title: str | None = _text(None, "what the search is called, also in a storage that holds several")
-    methods: list[Any] = _declared(
+    title: str | None = fields.text(None, "what the search is called, also in a storage that holds several")
+    methods: list[Any] = fields.declared(
         [], "what may be attached: slugs, or mappings with method, settings, sizes, pieces; by default AutoPEFT's "
         "modules and LoRA, with --fair the base's own norms, attentions and feed-forward parts",
         "a list of slugs or mappings", lambda v: isinstance(v, list),
     )  # fmt: skip
     layers: bool = fields.flag(True, "choose the blocks that are changed, too")
-    rates: list[float] | None = _declared(
+    rates: list[float] | None = fields.declared(
         None, "lowest and highest learning rate, when it is to be chosen; with --fair 1e-5 and 1e-3",
         "two learning rates, the lower one first",
         lambda v: v is None or (isinstance(v, list) and len(v) == 2 and 0 < v[0] < v[1]),
     )  # fmt: skip
-    metric: str | None = _text(
+    metric: str | None = fields.text(
         None, "the figure that decides; by default accuracy, rmse or loss, as the task has it; with --fair the worst "
         "group's",
     )  # fmt: skip
     cost: str = fields.choice("params", (*COSTS, "none"), "what is spent; none searches for the figure alone")
-    most: str | None = _text(None, "most values that may train, such as 100k, or a share of the base's such as 1%")
-    fair: str | None = _text(None, "column of the data that says to which group a row belongs: search for fairness")
+    most: str | None = fields.text(
+        None, "most values that may train, such as 100k, or a share of the base's such as 1%"
+    )
+    fair: str | None = fields.text(
+        None, "column of the data that says to which group a row belongs: search for fairness"
+    )
     trials: int = fields.positive(60, "configurations that are tried; the paper tries 200")
     startup: int | None = fields.whole(
         None, "of these drawn by chance before anything is modelled; half by default, as in the paper",
         low=1, optional=True,
     )  # fmt: skip
-    sampler: str | None = _declared(
+    sampler: str | None = fields.declared(
         None, "what proposes: gp (Gaussian processes with a sparse prior), tpe, random; gp by default, tpe with --fair",
         f"one of {', '.join(SAMPLERS)}, or none", lambda v: v is None or v in SAMPLERS,
     )  # fmt: skip
-    fidelity: float = _declared(
+    fidelity: float = fields.declared(
         0.3, "length of a trial over that of a full run", "a number above 0 and at most 1",
         lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v <= 1,
     )  # fmt: skip
@@ -103,9 +106,9 @@ class Search:
                 if key not in ("method", "settings", "sizes", "pieces"):
                     raise ValueError(f"search: an entry of methods has {key!r}; it has method, settings, sizes, pieces")
             entry["method"] = find(str(entry.get("method", "full" if "pieces" in entry else ""))).slug
-            if "pieces" in entry and (entry["method"] != "full" or not _many(entry["pieces"])):
+            if "pieces" in entry and (entry["method"] != "full" or not filled(entry["pieces"])):
                 raise ValueError("search: pieces is a list of pieces of the base, and goes with method: full")
-            if "sizes" in entry and not _many(entry["sizes"]):
+            if "sizes" in entry and not filled(entry["sizes"]):
                 raise ValueError(f"search: sizes of {entry['method']} must be a list, not {entry['sizes']!r}")
             if entry["method"] == "autopeft":
                 raise ValueError("search: autopeft is what a search makes; name the methods that it may hold")
@@ -151,8 +154,7 @@ class Search:
 
     def as_dict(self) -> dict[str, Any]:
         """The keys as a YAML file has them."""
-        own = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "keys"}
-        return own | self.keys
+        return flat(self)
 
     @classmethod
     def of(cls, *sources: Mapping[str, Any]) -> Search:
@@ -161,18 +163,7 @@ class Search:
         Raises:
             ValueError: for an unknown key, naming the nearest.
         """
-        names = [item.name for item in dataclasses.fields(cls) if item.name != "keys"]
-        own: dict[str, Any] = {}
-        keys: dict[str, Any] = {}
-        for source in sources:
-            given = {str(name).replace("-", "_"): value for name, value in source.items()}
-            for one, other in (("steps", "epochs"), ("epochs", "steps")):
-                if given.get(one) is not None:
-                    keys.pop(other, None)
-            for name, value in given.items():
-                if name not in names:
-                    _check_key(name, names)
-                (own if name in names else keys)[name] = value
+        own, keys = parted(cls, sources, lambda name: _check_key(name, own_keys(cls)))
         return cls(**own, keys=keys)
 
     @classmethod
@@ -183,28 +174,9 @@ class Search:
             OSError: when the file cannot be read.
             ValueError: when it is not a search.
         """
-        path = Path(path)
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder; give a search's YAML file")
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(content, dict):
-            raise ValueError(f"{path} is not a search: a mapping of keys such as `methods: ...` is needed")
-        try:
-            return cls.of(content, options)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        return yaml_file.read(path, options, cls.of, kind=cls.slug, example="methods")
 
 
 def _check_key(name: str, others: Sequence[str]) -> None:
     """Refuse what is no key of a recipe, or one that a search sets itself."""
-    known = [key for key in RECIPE if key not in (*FIXED, "settings")]
-    if name in known:
-        return
-    if name in ("method", "settings"):
-        raise ValueError(f"search: {name} is what is looked for; say with methods what it may be")
-    near = difflib.get_close_matches(name, [*known, *others], n=1)
-    hint = f"did you mean {near[0]}?" if near else f"a search has {', '.join([*others, *known])}"
-    raise ValueError(f"search has no key {name!r}; {hint}")
+    refuse_unknown("search", name, [key for key in RECIPE if key not in (*FIXED, "settings")], others, INSTEAD)

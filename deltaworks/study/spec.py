@@ -15,8 +15,6 @@ axes:                                 # what else differs: every combination is 
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,31 +26,22 @@ import yaml
 
 from ..core import fields
 from ..core.registry import find, methods
+from ..training import yaml_file
 from ..training.recipe import Recipe
 from . import memory
+from .recipe_keys import FIXED, RECIPE, filled, flat, own_keys, parted, refuse_unknown
 from .trial import BASE, CONTEXT
 from .work import library
 
 FULL = "full"
 BASELINES = (BASE, CONTEXT, FULL)
 BUDGETS = ("params", "bytes", "memory", "time")
-RECIPE = tuple(item.name for item in dataclasses.fields(Recipe))
 PER_CELL = ("metric", "domain", "context_examples")
 """Keys of a study that an axis may set, too."""
-FIXED = ("method", "seed", "output")
-"""Keys of a recipe that a study sets itself."""
-
-
-def _declared(default: Any, help: str, wanted: str, good: Any) -> Any:
-    return fields.field(default, help, lambda value: None if good(value) else wanted, wanted)
-
-
-def _text(default: str | None, help: str) -> Any:
-    return _declared(default, help, "a text", lambda v: isinstance(v, str) or (v is None and default is None))
-
-
-def _many(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 0
+INSTEAD = {
+    name: f"{name} is not set here; use {use}"
+    for name, use in (("method", "methods"), ("seed", "seeds"), ("output", "the command's --output"))
+}
 
 
 def _whole(value: Any, low: int) -> bool:
@@ -60,11 +49,13 @@ def _whole(value: Any, low: int) -> bool:
 
 
 def _seeds(value: Any) -> bool:
-    return _whole(value, 1) or (_many(value) and all(_whole(one, 0) for one in value) and len(set(value)) == len(value))
+    return _whole(value, 1) or (
+        filled(value) and all(_whole(one, 0) for one in value) and len(set(value)) == len(value)
+    )
 
 
 def _rates(value: Any) -> bool:
-    numbers = _many(value) and all(isinstance(one, (int, float)) and one > 0 for one in value)
+    numbers = filled(value) and all(isinstance(one, (int, float)) and one > 0 for one in value)
     return _whole(value, 0) or numbers
 
 
@@ -105,35 +96,39 @@ class Study:
 
     slug: ClassVar[str] = "study"
 
-    title: str | None = _text(None, "what the page is called")
-    paper: str | None = _text(None, "the published comparison that this one follows")
-    expected: str | None = _text(None, "what the paper found")
-    found: str | None = _text(None, "what this study found, in words")
-    methods: list[Any] = _declared(
+    title: str | None = fields.text(None, "what the page is called")
+    paper: str | None = fields.text(None, "the published comparison that this one follows")
+    expected: str | None = fields.text(None, "what the paper found")
+    found: str | None = fields.text(None, "what this study found, in words")
+    methods: list[Any] = fields.declared(
         ["lora"], "what is compared: slugs, families, `all`, or mappings of recipe keys with a name",
-        "a list of slugs, families or mappings", _many,
+        "a list of slugs, families or mappings", filled,
     )  # fmt: skip
-    baselines: list[str] = _declared(
+    baselines: list[str] = fields.declared(
         list(BASELINES), "what they are compared with", f"a list of {', '.join(BASELINES)}",
         lambda v: isinstance(v, list) and all(one in BASELINES for one in v),
     )  # fmt: skip
     axes: dict[str, Any] = fields.mapping("what else differs: name -> values")
-    seeds: int | list[int] = _declared(
+    seeds: int | list[int] = fields.declared(
         3, "how often each is run, or the seeds themselves", "a whole number of at least 1, or a list of seeds", _seeds,
     )  # fmt: skip
-    metric: str | None = _text(None, "the figure that decides; by default accuracy, rmse or loss, as the task has it")
-    rates: int | list[float] = _declared(
+    metric: str | None = fields.text(
+        None, "the figure that decides; by default accuracy, rmse or loss, as the task has it"
+    )
+    rates: int | list[float] = fields.declared(
         5, "short runs by which each method's learning rate is chosen, 0 for its own; or the rates to choose from",
         "a whole number, or a list of learning rates", _rates,
     )  # fmt: skip
     rate_steps: float = fields.number(0.3, "steps of such a run; below 1 a share of the whole run's", above=0)
-    rate_axes: list[str] | None = _declared(
+    rate_axes: list[str] | None = fields.declared(
         None, "axes along which rates are chosen anew; all by default", "a list of axes",
         lambda v: v is None or isinstance(v, list),
     )  # fmt: skip
-    budget: str | None = _text(None, "params=N, bytes=N, memory=N or time=N: sizes are chosen so that all come to it")
+    budget: str | None = fields.text(
+        None, "params=N, bytes=N, memory=N or time=N: sizes are chosen so that all come to it"
+    )
     context_examples: int = fields.positive(4, "training examples in the prompt, for the in-context baseline")
-    domain: str | None = _text(
+    domain: str | None = fields.text(
         "auto", "text of the base's own domain, on which forgetting is measured; none, or auto for the nursery's"
     )
     keys: dict[str, Any] = fields.mapping("keys of a recipe, for all runs")
@@ -232,8 +227,7 @@ class Study:
 
     def as_dict(self) -> dict[str, Any]:
         """The keys as a YAML file has them."""
-        own = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "keys"}
-        return own | self.keys
+        return flat(self)
 
     def text(self) -> str:
         """The study as YAML."""
@@ -246,20 +240,7 @@ class Study:
         Raises:
             ValueError: for an unknown key, naming the nearest.
         """
-        names = [item.name for item in dataclasses.fields(cls) if item.name != "keys"]
-        own: dict[str, Any] = {}
-        keys: dict[str, Any] = {}
-        for source in sources:
-            given = {str(name).replace("-", "_"): value for name, value in source.items()}
-            for one, other in (("steps", "epochs"), ("epochs", "steps")):
-                if given.get(one) is not None:
-                    keys.pop(other, None)
-            for name, value in given.items():
-                if name in names:
-                    own[name] = value
-                else:
-                    _recipe_key(name, others=names)
-                    keys[name] = value
+        own, keys = parted(cls, sources, lambda name: _recipe_key(name, others=own_keys(cls)))
         for name in ("methods", "baselines", "rate_axes"):
             if isinstance(own.get(name), str):
                 own[name] = own[name].replace(",", " ").split()
@@ -273,32 +254,13 @@ class Study:
             OSError: when the file cannot be read.
             ValueError: when it is not a study.
         """
-        path = Path(path)
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder; give a study's YAML file")
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(content, dict):
-            raise ValueError(f"{path} is not a study: a mapping of keys such as `methods: ...` is needed")
-        try:
-            return cls.of(content, options)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        return yaml_file.read(path, options, cls.of, kind=cls.slug, example="methods")
 
 
 def _recipe_key(name: Any, allowed: Sequence[str] = (), others: Iterable[str] = ()) -> None:
     """Refuse what is no key of a recipe, or one that a study sets itself."""
     known = [key for key in RECIPE if key not in FIXED or key in allowed]
-    if name in known:
-        return
-    if name in FIXED:
-        instead = {"method": "methods", "seed": "seeds", "output": "the command's --output"}[name]
-        raise ValueError(f"study: {name} is not set here; use {instead}")
-    near = difflib.get_close_matches(str(name), [*known, *others], n=1)
-    hint = f"did you mean {near[0]}?" if near else f"a study has {', '.join([*others, *known])}"
-    raise ValueError(f"study has no key {name!r}; {hint}")
+    refuse_unknown("study", name, known, others, INSTEAD)
 
 
 def _axis(name: str, values: Any) -> list[tuple[str, str, dict[str, Any]]]:
@@ -307,7 +269,7 @@ def _axis(name: str, values: Any) -> list[tuple[str, str, dict[str, Any]]]:
     Raises:
         ValueError: for values that say nothing, or two of one label.
     """
-    if not _many(values):
+    if not filled(values):
         raise ValueError(f"study: axis {name!r} must be a list of values, not {values!r}")
     made = []
     for value in values:

@@ -1,10 +1,10 @@
 """A recipe: everything a run needs, in one YAML file whose keys are the command line's options.
 
-    base: nursery:decoder
-    data: nursery:docstrings
-    method: lora
-    settings: {rank: 16, on: attention}
-    steps: 200
+base: nursery:decoder
+data: nursery:docstrings
+method: lora
+settings: {rank: 16, on: attention}
+steps: 200
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,21 +23,10 @@ from ..core import fields
 from ..core.method import Method
 from ..core.registry import find, make
 from ..model.loading import QUANTISED, TASKS
+from . import yaml_file
 
 SCHEDULES = ("linear", "cosine", "constant", "polynomial", "inverse_sqrt")
 OPTIMIZERS = ("adamw", "sgd", "adafactor", "adamw_8bit")
-
-
-def _declared(default: Any, help: str, wanted: str, good: Callable[[Any], bool]) -> Any:
-    return fields.field(default, help, lambda value: None if good(value) else wanted, wanted)
-
-
-def _text(default: str | None, help: str) -> Any:
-    """A text; None where `default` is."""
-    wanted = "a text" if default is not None else "a text or none"
-    return _declared(
-        default, help, wanted, lambda v: (v is None and default is None) or (isinstance(v, str) and bool(v))
-    )
 
 
 def _share(value: Any) -> bool:
@@ -54,15 +43,15 @@ class Recipe:
 
     slug: ClassVar[str] = "recipe"
 
-    base: str = _text("nursery:decoder", "model to start from: a folder, a name on the Hub, or nursery:NAME")
-    data: str = _text("nursery:docstrings", "what to learn: a file, a folder, a data set's name, or nursery:NAME")
-    task: str | None = _declared(
+    base: str = fields.text("nursery:decoder", "model to start from: a folder, a name on the Hub, or nursery:NAME")
+    data: str = fields.text("nursery:docstrings", "what to learn: a file, a folder, a data set's name, or nursery:NAME")
+    task: str | None = fields.declared(
         None, "what is learned; by default what the data look like", f"one of {', '.join(TASKS)}, or none",
         lambda v: v is None or v in TASKS,
     )  # fmt: skip
-    method: str = _text("lora", "how: a slug of `deltaworks methods`")
+    method: str = fields.text("lora", "how: a slug of `deltaworks methods`")
     settings: dict[str, Any] = fields.mapping("the method's hyper-parameters")
-    also: str | list[str] | None = _declared(
+    also: str | list[str] | None = fields.declared(
         None, "further places whose own parameters are trained and saved, as `on=` names them; a new head always is",
         "a role, a regular expression, a list of these, or none",
         lambda v: v is None or (isinstance(v, (str, list)) and bool(v) and all(isinstance(i, str) for i in v)),
@@ -83,24 +72,24 @@ class Recipe:
     max_length: int | None = fields.whole(512, "longest example, in tokens", low=8, optional=True)
     packing: bool = fields.flag(False, "several examples in one sequence, none of which sees another (causal-lm)")
     completion_only: bool = fields.flag(True, "learn answers, not prompts")
-    validation: float | str | None = _declared(
+    validation: float | str | None = fields.declared(
         0.1, "what is held out: a share of the data, a file, or the name of a split; 0 for nothing",
         "a share of at least 0 and below 1, a file or a split's name",
         lambda v: v is None or isinstance(v, str) or _share(v),
     )  # fmt: skip
-    split: str = _text("train", "which split of the data is trained on")
+    split: str = fields.text("train", "which split of the data is trained on")
     limit: int | None = fields.positive(None, "at most this many rows to learn from", optional=True)  # type: ignore[arg-type]
-    format: str | None = _text(None, "shape of the rows, such as prompt-completion; recognised by default")
+    format: str | None = fields.text(None, "shape of the rows, such as prompt-completion; recognised by default")
     columns: dict[str, str] = fields.mapping("columns by their meaning, such as {prompt: question}")
     on_bad_row: str = fields.choice("stop", ("stop", "skip"), "what to do with a broken row")
     mask: float = fields.fraction(0.15, "share of tokens that are masked (masked-lm)")
 
-    dtype: str | None = _text(None, "of the base: float32, bfloat16, float16; by default as it is stored")
-    quantize: str | None = _declared(
+    dtype: str | None = fields.text(None, "of the base: float32, bfloat16, float16; by default as it is stored")
+    quantize: str | None = fields.declared(
         None, "how the base's weights are stored", f"one of {', '.join(QUANTISED)}, or none",
         lambda v: v is None or v in QUANTISED,
     )  # fmt: skip
-    device: str | None = _text(None, "cpu, cuda, ...; by default a GPU if there is one")
+    device: str | None = fields.text(None, "cpu, cuda, ...; by default a GPU if there is one")
     trust_remote_code: bool = fields.flag(False, "allow code that comes with the base to run")
 
     seed: int = fields.whole(0, "fixes everything random")
@@ -112,7 +101,7 @@ class Recipe:
     samples: int = fields.whole(3, "held-out examples that are generated before and after")
     sample_length: int = fields.positive(64, "longest generated answer, in tokens")
     measure: int = fields.positive(8, "batches that methods look at which measure before they attach")
-    output: str | None = _text(None, "folder of the results; by default runs/BASE-METHOD")
+    output: str | None = fields.text(None, "folder of the results; by default runs/BASE-METHOD")
 
     def __post_init__(self) -> None:
         fields.checked(self)
@@ -177,21 +166,7 @@ class Recipe:
             OSError: when the file cannot be read.
             ValueError: when it is not a recipe.
         """
-        path = Path(path)
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder; give a recipe's YAML file")
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-        if content is None:
-            content = {}
-        if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-            raise ValueError(f"{path} is not a recipe: a mapping of keys such as `base: ...` is needed")
-        try:
-            return cls.of(content, options)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        return yaml_file.read(path, options, cls.of, kind=cls.slug, example="base")
 
 
 def _key(name: str) -> str:
