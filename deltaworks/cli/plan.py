@@ -76,7 +76,7 @@ def _chosen(names: list[str], settings: list[str]) -> list[Any]:
     """
     from ..core.registry import find, make, methods
     from ..study.plan import USUAL
-    from .tune import pairs
+    from .options import pairs
 
     slugs = list(methods()) if "all" in names else [find(name).slug for name in names] or list(USUAL)
     given = pairs(settings, "--set")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 import typing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -15,13 +14,11 @@ from rich.table import Table
 
 from ..study.search_spec import Search
 from ..training.recipe import Recipe
-from .compare import NOT_HERE
-from .tune import LISTS, default_text, kind_of, pairs
+from . import options
 
 if typing.TYPE_CHECKING:
     from ..study.pareto import Found
 
-WRITTEN = ("keys",)
 # Demonstration, when neither base nor data nor a search is given.
 DEMONSTRATION = {"base": "nursery:decoder-xs", "steps": 60, "limit": 400, "max_length": 128, "samples": 0, "trials": 12}
 
@@ -40,16 +37,14 @@ def command(**given: Any) -> None:
     as_json, path, output = given.pop("as_json"), given.pop("search"), given.pop("output")
     jobs, ray, cache = given.pop("jobs"), given.pop("ray"), given.pop("cache")
     storage, start_from = given.pop("storage"), given.pop("start_from")
-    options = {name: value for name, value in given.items() if value not in (None, [], ())}
-    if "methods" in options:
-        options["methods"] = " ".join(options["methods"]).replace(",", " ").split()
-    if "rates" in options:
-        options["rates"] = _bounds(options["rates"])
-    if "columns" in options:
-        options["columns"] = pairs(options["columns"], LISTS["columns"][0])
-    if path is None and not {"base", "data", "steps", "epochs"} & set(options):
-        options = DEMONSTRATION | options
-    wanted = Search.read(path, **options) if path is not None else Search.of(options)
+    keys = options.given(given)
+    if "methods" in keys:
+        keys["methods"] = options.listed(keys["methods"])
+    if "rates" in keys:
+        keys["rates"] = _bounds(keys["rates"])
+    if path is None and not {"base", "data", "steps", "epochs"} & set(keys):
+        keys = DEMONSTRATION | keys
+    wanted = Search.read(path, **keys) if path is not None else Search.of(keys)
     folder = Path(output) if output else Path("runs") / (path.stem if path is not None else "search")
     told = _Told(quiet=as_json)
     with Runner(cache, jobs, ray) as runner:
@@ -148,53 +143,17 @@ def described(decided: dict[str, Any]) -> str:
     return " + ".join(parts) + where + rate
 
 
-def _signature() -> inspect.Signature:
-    """The command's options: a search's keys and a recipe's, each with its help."""
-    keyword = inspect.Parameter.KEYWORD_ONLY
-
-    def one(name: str, default: Any, kind: Any, option: Any) -> inspect.Parameter:
-        return inspect.Parameter(name, keyword, default=default, annotation=Annotated[kind, option])
-
-    several = list[str] | None
-    parameters = [one("search", None, Path | None, typer.Argument(help="A search's YAML file."))]
-    for cls, left_out in ((Search, WRITTEN), (Recipe, NOT_HERE)):
-        hints = typing.get_type_hints(cls)
-        for item in dataclasses.fields(cls):
-            if item.name in left_out:
-                continue
-            flag, text = "--" + item.name.replace("_", "-"), item.metadata["help"]
-            if item.name in LISTS:
-                flag, meta, text = LISTS[item.name]
-                parameters.append(one(item.name, None, several, typer.Option(flag, metavar=meta, help=text)))
-            elif item.name == "methods":
-                option = typer.Option(flag, metavar="A,B,...", help=text)
-                parameters.append(one(item.name, None, several, option))
-            elif item.name == "rates":
-                parameters.append(one(item.name, None, str | None, typer.Option(flag, metavar="LOW,HIGH", help=text)))
-            else:
-                kind = kind_of(hints[item.name]) | None
-                flag = f"{flag}/--no-{flag[2:]}" if kind == (bool | None) else flag
-                option = typer.Option(flag, help=text + default_text(item.default), show_default=False)
-                parameters.append(one(item.name, None, kind, option))
-    start = typer.Option(help="folder of another search, whose best are tried first", metavar="FOLDER")
-    storage = typer.Option(
-        help="where trials are kept: a database's URL [default: search.db in --output]", metavar="URL"
-    )
-    jobs = typer.Option(help="trials side by side on this machine")
-    ray = typer.Option(help="address of a Ray cluster to run on: auto, HOST:PORT, or local", metavar="ADDRESS")
-    cache = typer.Option(help="folder of runs that are known already [default: ~/.cache/deltaworks/trials]")
-    folder = typer.Option(help="folder of the results; a search that is there goes on [default: runs/SEARCH]")
-    machine = typer.Option("--json", help="print the results as JSON and nothing else")
-    return inspect.Signature([
-        *parameters,
-        one("start_from", None, str | None, start),
-        one("storage", None, str | None, storage),
-        one("jobs", 1, int, jobs),
-        one("ray", None, str | None, ray),
-        one("cache", None, str | None, cache),
-        one("output", None, str | None, folder),
-        one("as_json", False, bool, machine),
-    ])  # fmt: skip
-
-
-command.__signature__ = _signature()  # type: ignore[attr-defined]
+command.__signature__ = inspect.Signature([  # type: ignore[attr-defined]
+    options.file("search", "A search's YAML file."),
+    *options.declared(Search, ("keys",), {
+        "methods": (options.SEVERAL, "A,B,..."), "rates": (str | None, "LOW,HIGH"),
+    }),
+    *options.declared(Recipe, options.NOT_FOR_ALL),
+    options.parameter("start_from", str | None, typer.Option(
+        help="folder of another search, whose best are tried first", metavar="FOLDER",
+    )),
+    options.parameter("storage", str | None, typer.Option(
+        help="where trials are kept: a database's URL [default: search.db in --output]", metavar="URL",
+    )),
+    *options.running("folder of the results; a search that is there goes on [default: runs/SEARCH]"),
+])  # fmt: skip
