@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -62,3 +63,70 @@ def refused(model: nn.Module, folder: Path, load: Callable[..., Any] | None = No
     assert "\n" not in message and str(folder) in message and len(message) < 1000, message
     assert_same(model, before)
     return message
+
+
+def family(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
+    """A tiny model and a batch without labels."""
+    model, batch = FAMILIES[name]()
+    labels = batch.pop("labels", None)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        batch["decoder_input_ids"] = labels
+    cast = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
+    return model.to(dtype).eval(), cast
+
+
+@torch.no_grad()
+def logits(model: nn.Module, batch: dict[str, Any], *, padding: bool = False) -> Tensor:
+    """Logits at the text's real tokens, with `padding` at all; PEFT's models give a prompt's as well."""
+    found = model.eval()(**batch).logits
+    mask = batch.get("attention_mask")
+    if padding or found.dim() < 3 or mask is None or "decoder_input_ids" in batch:
+        return found
+    return found[:, found.shape[1] - mask.shape[1] :][mask.bool()]
+
+
+def assert_agree(found: Tensor, wanted: Tensor, base: Tensor, tolerance: float = 1e-10) -> None:
+    """The adapter did something, and the same; `tolerance` is relative and holds in float64."""
+    if wanted.dtype == torch.float64:
+        assert (wanted - base).abs().max() > 1e-3
+        assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
+    else:
+        assert (wanted - base).abs().max() > 1e-2
+        torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
+
+
+def theirs_to_ours_to_theirs(
+    name: str, config: peft.PeftConfig, folder: Path, dtype: torch.dtype = torch.float32, tolerance: float = 1e-10
+) -> dw.Tuned:
+    """What PEFT saves we load, and what we save of it PEFT loads; what was loaded here."""
+    model, batch = family(name, dtype)
+    padding = dtype == torch.float64
+    base = logits(model, batch, padding=padding)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = peft.get_peft_model(model, config).to(dtype)
+    move([value for value in theirs.eval().parameters() if value.requires_grad])
+    wanted = logits(theirs, batch, padding=padding)
+    theirs.save_pretrained(folder / "theirs")
+    ours, _ = family(name, dtype)
+    tuned = dw.load(ours, folder / "theirs")
+    assert_agree(logits(ours, batch, padding=padding), wanted, base, tolerance)
+    dw.save(ours, folder / "ours", format="peft")
+    again = peft.PeftModel.from_pretrained(family(name, dtype)[0], str(folder / "ours")).to(dtype)
+    assert_agree(logits(again, batch, padding=padding), wanted, base, tolerance)
+    return tuned
+
+
+def ours_to_both(name: str, method: Method, folder: Path, dtype: torch.dtype = torch.float32, **more: Any) -> None:
+    """What we save PEFT loads, and so do we."""
+    model, batch = family(name, dtype)
+    padding = dtype == torch.float64
+    base = logits(model, batch, padding=padding)
+    move(dw.attach(model, method, seed=0, **more).parameters())
+    wanted = logits(model, batch, padding=padding)
+    dw.save(model, folder, format="peft")
+    theirs = peft.PeftModel.from_pretrained(family(name, dtype)[0], str(folder)).to(dtype)
+    assert_agree(logits(theirs, batch, padding=padding), wanted, base)
+    ours, _ = family(name, dtype)
+    dw.load(ours, folder)
+    assert_agree(logits(ours, batch, padding=padding), wanted, base)

@@ -12,40 +12,23 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 import deltaworks as dw
-from tests.adapters.adapted import adapted, move, refused
+from tests.adapters.adapted import (
+    adapted,
+    assert_agree,
+    family,
+    logits,
+    move,
+    ours_to_both,
+    refused,
+    theirs_to_ours_to_theirs,
+)
 from tests.families import FAMILIES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LoRA, AdaLoRA, Prompt, Prefix = peft.LoraConfig, peft.AdaLoraConfig, peft.PromptTuningConfig, peft.PrefixTuningConfig
 TOKENS = 4
-
-
-def family(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    """A tiny model and a batch without labels."""
-    model, batch = FAMILIES[name]()
-    labels = batch.pop("labels", None)
-    if getattr(model.config, "is_encoder_decoder", False) if hasattr(model, "config") else False:
-        batch["decoder_input_ids"] = labels
-    return model, batch
-
-
-@torch.no_grad()
-def logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """Logits at the text's real tokens; PEFT's models give a prompt's as well."""
-    found = model(**batch).logits
-    mask = batch.get("attention_mask")
-    if found.dim() < 3 or mask is None or "decoder_input_ids" in batch:
-        return found
-    return found[:, found.shape[1] - mask.shape[1] :][mask.bool()]
-
-
-def assert_agree(found: Tensor, wanted: Tensor, base: Tensor) -> None:
-    """The adapter did something, and the same."""
-    assert (wanted - base).abs().max() > 1e-2
-    torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
 
 
 THEIRS: dict[str, tuple[str, peft.PeftConfig]] = {
@@ -148,21 +131,7 @@ for _family, _names in (
 
 @pytest.mark.parametrize("case", THEIRS)
 def test_what_peft_saves_we_load_and_what_we_save_of_it_peft_loads(case: str, tmp_path: Path) -> None:
-    name, config = THEIRS[case]
-    model, batch = family(name)
-    base = logits(model, batch)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        theirs = peft.get_peft_model(model, config).eval()
-    move([value for value in theirs.parameters() if value.requires_grad])
-    wanted = logits(theirs, batch)
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours, _ = family(name)
-    dw.load(ours, tmp_path / "theirs")
-    assert_agree(logits(ours, batch), wanted, base)
-    dw.save(ours, tmp_path / "ours", format="peft")
-    again = peft.PeftModel.from_pretrained(family(name)[0], str(tmp_path / "ours")).eval()
-    assert_agree(logits(again, batch), wanted, base)
+    theirs_to_ours_to_theirs(*THEIRS[case], tmp_path)
 
 
 OURS: dict[str, tuple[str, Any, dict[str, Any]]] = {
@@ -202,16 +171,7 @@ OURS: dict[str, tuple[str, Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", OURS)
 def test_what_we_save_peft_loads_and_so_do_we(case: str, tmp_path: Path) -> None:
     name, method, more = OURS[case]
-    model, batch = family(name)
-    base = logits(model, batch)
-    move(dw.attach(model, method, seed=0, **more).parameters())
-    wanted = logits(model.eval(), batch)
-    dw.save(model, tmp_path, format="peft")
-    theirs = peft.PeftModel.from_pretrained(family(name)[0], str(tmp_path)).eval()
-    assert_agree(logits(theirs, batch), wanted, base)
-    ours, _ = family(name)
-    dw.load(ours, tmp_path)
-    assert_agree(logits(ours, batch), wanted, base)
+    ours_to_both(name, method, tmp_path, **more)
 
 
 def test_ranks_that_fell_in_training_are_masks(tmp_path: Path) -> None:

@@ -12,34 +12,16 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 import deltaworks as dw
 from deltaworks.adapters.peft import KINDS
-from tests.adapters.adapted import move, refused
+from tests.adapters.adapted import family, logits, move, ours_to_both, refused, theirs_to_ours_to_theirs
 from tests.families import FAMILIES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LINEAR = ["q_proj", "down_proj"]
 CONVOLUTIONS = ["conv1", "stem"]
-
-
-def family(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    """A tiny model in float64 and a batch without labels."""
-    model, batch = FAMILIES[name]()
-    batch.pop("labels", None)
-    return model.double().eval(), {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
-
-
-@torch.no_grad()
-def logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    return model.eval()(**batch).logits
-
-
-def assert_agree(found: Tensor, wanted: Tensor, base: Tensor, tolerance: float = 1e-10) -> None:
-    """The adapter did something, and the same."""
-    assert (wanted - base).abs().max() > 1e-3
-    assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
 THEIRS: dict[str, tuple[str, peft.PeftConfig]] = {
@@ -91,25 +73,12 @@ THEIRS: dict[str, tuple[str, peft.PeftConfig]] = {
 @pytest.mark.parametrize("case", THEIRS)
 def test_what_peft_saves_we_load_and_what_we_save_of_it_peft_loads(case: str, tmp_path: Path) -> None:
     name, config = THEIRS[case]
-    model, batch = family(name)
-    base = logits(model, batch)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        theirs = peft.get_peft_model(model, config).double()
-    move([value for value in theirs.parameters() if value.requires_grad])
-    wanted = logits(theirs, batch)
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours, _ = family(name)
-    tuned = dw.load(ours, tmp_path / "theirs")
     tolerance = 1e-7 if case == "oft on a leash" else 1e-10  # its length is single precision there
-    assert_agree(logits(ours, batch), wanted, base, tolerance)
+    tuned = theirs_to_ours_to_theirs(name, config, tmp_path, torch.float64, tolerance)
     # What the method says of itself makes parts of the same shapes again.
     if config.peft_type != peft.PeftType.GLORA:
-        fresh = dw.attach(family(name)[0], tuned.method, seed=0)
+        fresh = dw.attach(family(name, torch.float64)[0], tuned.method, seed=0)
         assert [p.shape for p in fresh.parameters()] == [p.shape for p in tuned.parameters() if not is_bias(tuned, p)]
-    dw.save(ours, tmp_path / "ours", format="peft")
-    again = peft.PeftModel.from_pretrained(family(name)[0], str(tmp_path / "ours")).double()
-    assert_agree(logits(again, batch), wanted, base, tolerance)
 
 
 def is_bias(tuned: dw.Tuned, parameter: nn.Parameter) -> bool:
@@ -144,35 +113,25 @@ OURS: dict[str, tuple[str, Any]] = {
 
 @pytest.mark.parametrize("case", OURS)
 def test_what_we_save_peft_loads_and_so_do_we(case: str, tmp_path: Path) -> None:
-    name, method = OURS[case]
-    model, batch = family(name)
-    base = logits(model, batch)
-    move(dw.attach(model, method, seed=0).parameters())
-    wanted = logits(model, batch)
-    dw.save(model, tmp_path, format="peft")
-    theirs = peft.PeftModel.from_pretrained(family(name)[0], str(tmp_path)).double()
-    assert_agree(logits(theirs, batch), wanted, base)
-    ours, _ = family(name)
-    dw.load(ours, tmp_path)
-    assert_agree(logits(ours, batch), wanted, base)
+    ours_to_both(*OURS[case], tmp_path, torch.float64)
 
 
 def test_butterflies_of_several_stages_are_written_with_a_word_of_warning(tmp_path: Path) -> None:
-    model, batch = family("llama")
+    model, batch = family("llama", torch.float64)
     move(dw.attach(model, dw.BOFT(stages=2), seed=0).parameters())
     with pytest.warns(UserWarning, match="stages=2 only where its CUDA extension"):
         dw.save(model, tmp_path, format="peft")
-    ours, _ = family("llama")
+    ours, _ = family("llama", torch.float64)
     assert dw.load(ours, tmp_path).method == dw.BOFT(stages=2, on=dw.tuned(ours).method.on)
     assert torch.equal(logits(ours, batch), logits(model, batch))
 
 
 def test_what_acts_in_training_only_is_said_to_be_left_out(tmp_path: Path) -> None:
-    model, _ = family("llama")
+    model, _ = family("llama", torch.float64)
     config = peft.OFTConfig(target_modules=LINEAR, block_share=True, module_dropout=0.1)
     peft.get_peft_model(model, config).save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="module_dropout=0.1 is left out; it acts in training only"):
-        dw.load(family("llama")[0], tmp_path)
+        dw.load(family("llama", torch.float64)[0], tmp_path)
 
 
 DROPOUTS: dict[str, tuple[peft.PeftConfig, Any]] = {
@@ -234,7 +193,7 @@ UNWRITABLE: dict[str, tuple[str, Any, str]] = {
 @pytest.mark.parametrize("case", UNWRITABLE)
 def test_what_peft_cannot_express_is_refused_by_name(case: str, tmp_path: Path) -> None:
     name, method, reason = UNWRITABLE[case]
-    model, _ = family(name)
+    model, _ = family(name, torch.float64)
     dw.attach(model, method, seed=0)
     with pytest.raises(ValueError, match=reason) as caught:
         dw.save(model, tmp_path / "out", format="peft")
