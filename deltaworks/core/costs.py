@@ -1,11 +1,12 @@
-"""What a method would cost on a base, without loading a weight."""
+"""What a method costs on a base: its sizes, without loading a weight, and what it keeps for the backward pass."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .attach import attach, detach
 from .method import Method
@@ -30,3 +31,24 @@ def size_on(model: nn.Module, method: Method) -> dict[str, Any]:
     finally:
         detach(model, "costs")
     return {"trainable": summary.trainable, "share": summary.share, "saved_bytes": summary.stored_bytes}
+
+
+def saved_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> int:
+    """Bytes that autograd keeps of one forward pass until its backward pass.
+
+    Every storage counts once; those of the model's parameters and buffers, which are there anyway, do not.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        value = loss()
+    total = sum(kept.values())
+    del value  # a storage that was freed within the pass could be counted as another
+    return total

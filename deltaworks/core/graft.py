@@ -186,25 +186,17 @@ class Graft(nn.Module):
         for name, parts in chosen.items():
             mine = [row for row, chosen_name in enumerate(routing) if chosen_name == name]
             rows = torch.tensor(mine, device=x.device)
-            deltas = [part for part in parts if isinstance(part, Delta)]
-            part_x = x.index_select(0, rows)
-            if deltas and any(isinstance(part, Module) for part in parts):
-                part_args, part_kwargs = place(part_x)
-                own = _output(self._through(layer, call, part_args, part_kwargs, _sorted(parts)))[0]
-                y = y.index_copy(0, rows, own.to(y.dtype))
-                continue
-            if deltas:
-                part_args, part_kwargs = place(part_x)
-                own = _weighted(layer, call, deltas, None, *part_args, **part_kwargs)
-            else:
+            acting, part_x = _sorted(parts), x.index_select(0, rows)
+            if acting.deltas:
+                own = _output(self._through(layer, call, *place(part_x), acting))[0]
+            else:  # the layer runs again only where a module reads something else
                 own = y.index_select(0, rows)
-            for part in parts:
-                if isinstance(part, Module):
-                    changed = part.input(part_x)
+                for module in acting.modules:
+                    changed = module.input(part_x)
                     if changed is not part_x:
                         part_args, part_kwargs = place(changed)
                         own = _output(call(*part_args, **part_kwargs))[0]
-                    own = part.output(own, part_x)
+                    own = module.output(own, part_x)
             y = y.index_copy(0, rows, own.to(y.dtype))
         return rebuild(y)
 

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ...model.weights import Weight
 from ..part import Delta
-from .low_rank import base_product, branch_input, dropped, kept, plain
+from .low_rank import add_back, base_product, branch_input, dropped, kept, plain
 
 FEW = 8
 """Blocks up to which one product each is quicker than a batched one, which cannot add to the base's."""
@@ -133,12 +133,8 @@ class _BlockLinear(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = g @ weight
-            for i, (part, gb) in enumerate(zip(dx.chunk(n, 1), pulled, strict=True)):
-                down = a[i].to(g.dtype)
-                if survive is None:
-                    part.addmm_(gb, down, alpha=ctx.scale)
-                else:
-                    kept_part = survive.view_as(dx).chunk(n, 1)[i].to(g.dtype)
-                    part.addcmul_(gb @ down, kept_part, value=ctx.scale)
+            masks = [None] * n if survive is None else survive.view_as(dx).chunk(n, 1)
+            for part, gb, down, mask in zip(dx.chunk(n, 1), pulled, a.to(g.dtype), masks, strict=True):
+                add_back(part, gb, down, ctx.scale, mask)
             dx = dx.view(*gradients[0].shape[:-1], weight.shape[-1])
         return dx, None, None, da.to(a.dtype).mul_(ctx.scale), db.to(b.dtype).mul_(ctx.scale), None, None

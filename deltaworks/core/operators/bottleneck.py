@@ -129,10 +129,12 @@ class Tap(Module):
         return x
 
 
-class TappedBottleneck(Bottleneck, Module):
-    """Beside a sub-layer that spans several modules: at the last of them, reading what the tap of `place` heard."""
+class Tapped(Module):
+    """Beside a sub-layer that spans several modules: at the last of them, reading what the tap of `place` heard.
 
-    settings = (*Bottleneck.settings, "place")
+    Comes first among the bases of a part that defines `added(y, x)`.
+    """
+
     borrowed = ("tape",)
 
     def __init__(self, *args: Any, place: int, tape: Tape, **kwargs: Any) -> None:
@@ -140,7 +142,13 @@ class TappedBottleneck(Bottleneck, Module):
         self.place, self.tape = place, tape
 
     def output(self, y: Tensor, x: Tensor) -> Tensor:
-        return self.added(y, self.tape.held.pop(self.place))
+        return self.added(y, self.tape.held.pop(self.place))  # type: ignore[operator]
+
+
+class TappedBottleneck(Tapped, Bottleneck):
+    """The bottleneck beside such a sub-layer."""
+
+    settings = (*Bottleneck.settings, "place")
 
 
 class _Added(torch.autograd.Function):

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ...model.weights import Weight
 from ..part import Delta
-from .low_rank import branch_input, dropped, kept, narrow_gradient, plain
+from .low_rank import add_back, branch_input, dropped, kept, narrow_gradient, plain
+from .made import constant
 
 
 class Decomposed(Delta):
@@ -80,22 +80,13 @@ class Decomposed(Delta):
         return turned if bias is None else turned + bias.to(y.dtype)
 
 
-# A frozen weight's norms, until it is written to.
-_SQUARES: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
 def _squares(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """`||W_i||^2` of every row."""
-    keep = not torch.compiler.is_compiling() and type(weight) is nn.Parameter and not weight.requires_grad
-    keep = keep and not weight.is_inference()
-    state = (weight._version, weight.data_ptr(), dtype) if keep else None
-    known = _SQUARES.get(weight) if keep else None
-    if known is not None and known[0] == state:
-        return known[1]
-    squares = torch.linalg.vector_norm(weight, dim=-1, dtype=dtype).square()
-    if keep:
-        _SQUARES[weight] = state, squares
-    return squares
+
+    def squares(weight: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(weight, dim=-1, dtype=dtype).square()
+
+    return constant(weight, dtype, squares, "squares of rows")
 
 
 def _nonzero(norms: Tensor) -> Tensor:
@@ -135,12 +126,7 @@ class _TurnedLinear(torch.autograd.Function):
         g, dm, gz, da, db = _turned_gradients(ctx, gradients[0], x, survive, z, direction, a, b, magnitude, norms)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = g @ weight
-            if survive is None:
-                dx.addmm_(gz, a.to(g.dtype), alpha=ctx.scale)
-            else:
-                dx.addcmul_(gz @ a.to(g.dtype), survive.view_as(dx).to(g.dtype), value=ctx.scale)
-            dx = dx.view(x.shape)
+            dx = add_back(g @ weight, gz, a.to(g.dtype), ctx.scale, survive).view(x.shape)
         dbias = gradients[0].flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         return dx, None, dbias, da, db, dm, None, None, None
 

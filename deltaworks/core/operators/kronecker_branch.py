@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..init import kaiming, zeros
 from ..part import Module, Part
-from .bottleneck import Tape
+from .bottleneck import Tapped
 from .recompute import recomputed
 
 
@@ -53,15 +53,7 @@ class ParallelKronecker(KroneckerBranch, Module):
         return self.added(y, x)
 
 
-class TappedKronecker(KroneckerBranch, Module):
-    """Beside a sub-layer that spans several modules: at the last of them, reading what the tap of `place` heard."""
+class TappedKronecker(Tapped, KroneckerBranch):
+    """The same beside a sub-layer that spans several modules."""
 
     settings = (*KroneckerBranch.settings, "place")
-    borrowed = ("tape",)
-
-    def __init__(self, *args: Any, place: int, tape: Tape, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.place, self.tape = place, tape
-
-    def output(self, y: Tensor, x: Tensor) -> Tensor:
-        return self.added(y, self.tape.held.pop(self.place))

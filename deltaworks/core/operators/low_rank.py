@@ -291,13 +291,17 @@ class _LowRankLinear(torch.autograd.Function):
         gb, da, db = _branch_gradients(ctx, g, x, survive, z, a, b)
         dx = None
         if ctx.needed[0] and gb is not None:
-            dx = g @ shifted(weight, shift)
-            if survive is None:
-                dx.addmm_(gb, a.to(g.dtype), alpha=ctx.scale)
-            else:
-                dx.addcmul_(gb @ a.to(g.dtype), survive.view_as(dx).to(g.dtype), value=ctx.scale)
+            dx = add_back(g @ shifted(weight, shift), gb, a.to(g.dtype), ctx.scale, survive)
             dx = dx.view(*gradients[0].shape[:-1], weight.shape[-1])
         return dx, None, None, da, db, None, None, None
+
+
+def add_back(dx: Tensor, gz: Tensor, a: Tensor, scale: float, survive: Tensor | None) -> Tensor:
+    """The gradient of an input (`tokens x in`) with the branch's share `scale gz A` added, in place; only what survived
+    dropout has one."""
+    if survive is None:
+        return dx.addmm_(gz, a, alpha=scale)
+    return dx.addcmul_(gz @ a, survive.view_as(dx).to(dx.dtype), value=scale)
 
 
 class _Lowered(torch.autograd.Function):

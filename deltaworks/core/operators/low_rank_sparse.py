@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ...model.weights import Weight
-from .low_rank import Factored, add_branch, plain
+from .low_rank import Factored, add_branch, base_product, plain
 
 CHUNK = 1 << 22
 """Values gathered at a time."""
@@ -172,10 +172,7 @@ class _SparseLinear(torch.autograd.Function):
         ctx.scale, ctx.fan_out, ctx.fan_in = scale, fan_out, x.shape[-1]
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, values, index, kept)
         below = _scratch(x, weight, values, index, scale, fan_out, kept)
-        y = x.new_empty(*x.shape[:-1], fan_out)
-        rows, flat = y.view(-1, fan_out), x.reshape(-1, x.shape[-1])
-        torch.mm(flat, below.T, out=rows) if bias is None else torch.addmm(bias, flat, below.T, out=rows)
-        return y
+        return base_product(x, below, bias)[0]
 
     @staticmethod
     @once_differentiable

@@ -10,12 +10,12 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .effective import Built
-from .low_rank import Factored, base_product, branch_input, kept, plain
+from .low_rank import Factored, add_back, base_product, branch_input, kept, narrow_gradient, plain
 
 
 class Made(Factored, Built):
@@ -109,15 +109,11 @@ class _MadeLinear(torch.autograd.Function):
             sources = [t.detach().requires_grad_(need) for t, need in zip(kept_sources, wanted, strict=True)]
             a, b = ctx.part.made(g.dtype, *sources)
         gb = g @ b.detach()
-        da = None if x is None else (gb.T @ branch_input(x, survive)).mul_(ctx.scale)
-        db = None if z is None else (z.T @ g).mul_(ctx.scale).T
+        da = None if x is None else narrow_gradient(gb, branch_input(x, survive), ctx.scale, g.dtype)
+        db = None if z is None else narrow_gradient(z, g, ctx.scale, g.dtype).T
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = g @ weight
-            if survive is None:
-                dx.addmm_(gb, a.detach(), alpha=ctx.scale)
-            else:
-                dx.addcmul_(gb @ a.detach(), survive.view_as(dx).to(g.dtype), value=ctx.scale)
+            dx = add_back(g @ weight, gb, a.detach(), ctx.scale, survive)
             dx = dx.view(*gradients[0].shape[:-1], weight.shape[-1])
         given = iter(_through((a, b), (da, db), [source for source in sources if source.requires_grad]))
         return dx, None, None, None, None, None, *(next(given) if need else None for need in wanted)
@@ -140,6 +136,8 @@ _CONSTANTS = WeakTensorKeyDictionary()
 def constant(source: Tensor, dtype: torch.dtype, view: Callable[[Tensor], Tensor], key: Hashable) -> Tensor:
     """`view(source)` in a dtype and in one piece, for a frozen source; made once, and again when the source changes.
 
+    A source that trains, or is no ordinary tensor, is viewed anew in every call.
+
     What layers share is cast once for all of them instead of once a layer and pass.
 
     Args:
@@ -148,13 +146,16 @@ def constant(source: Tensor, dtype: torch.dtype, view: Callable[[Tensor], Tensor
         view: what is taken of it.
         key: names the view, equal for equal views.
     """
-    if torch.compiler.is_compiling() or source.is_meta or source.is_inference() or type(source) is not Tensor:
+    if torch.compiler.is_compiling() or source.is_meta or type(source) not in (Tensor, nn.Parameter):
+        return view(source).to(dtype)
+    if source.is_inference() or source.requires_grad:
         return view(source).to(dtype)
     if source not in _CONSTANTS:
         _CONSTANTS[source] = {}
-    known: dict[Any, tuple[int, Tensor]] = _CONSTANTS[source]  # type: ignore[assignment]
+    state = source._version, source.data_ptr()  # a parameter moved to another place or dtype keeps its identity
+    known: dict[Any, tuple[tuple[int, int], Tensor]] = _CONSTANTS[source]  # type: ignore[assignment]
     found = known.get((dtype, key))
-    if found is None or found[0] != source._version:
+    if found is None or found[0] != state:
         with torch.inference_mode(False), torch.no_grad():
-            found = known[dtype, key] = source._version, view(source).to(dtype).contiguous()
+            found = known[dtype, key] = state, view(source).to(dtype).contiguous()
     return found[1]

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ...model.weights import Weight
 from ..part import Delta, Shared
-from .low_rank import base_product, branch_input, dropped, kept, plain
+from .low_rank import add_back, base_product, branch_input, dropped, kept, plain
 from .made import constant
 
 Bases = Callable[[torch.dtype], tuple[Tensor, Tensor]]
@@ -174,10 +174,7 @@ class _ScaledLinear(torch.autograd.Function):
             if weight is None:
                 dx = (gb.mul_(inner) @ a).mul_(ctx.scale)
                 dx = dx if survive is None else dx.mul_(survive.view_as(dx))
-            elif survive is None:
-                dx = (g @ weight).addmm_(gb.mul_(inner), a, alpha=ctx.scale)
             else:
-                dx = g @ weight
-                dx.addcmul_(gb.mul_(inner) @ a, survive.view_as(dx).to(g.dtype), value=ctx.scale)
+                dx = add_back(g @ weight, gb.mul_(inner), a, ctx.scale, survive)
             dx = dx.view(*gradients[0].shape[:-1], dx.shape[-1])
         return dx, None, None, dd, dl, None, None, None
