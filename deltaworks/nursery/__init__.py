@@ -4,8 +4,9 @@ For the demo, the tests and the comparisons; a user with a model and data never 
 
 Bases: `decoder` (Llama, 5 M parameters, shipped), `encoder` (BERT), `seq2seq` (T5), `vision` (ViT), `moe` (Mixtral),
 `ssm` (Mamba), and `decoder-xs`, `decoder-s`, `decoder-m` for studies of scale. Data: `docstrings` (signature ->
-docstring), `packages` (docstring -> package) and `digits`. Wherever the command line or a recipe takes a base or data,
-they are addressed as `nursery:NAME`.
+docstring), `packages` (docstring -> package), `digits`, and tasks on code, which `code_sets` describes: `functions`,
+`summaries`, `tests`, `programs`, `defects`, `clones`, `search`. Wherever the command line or a recipe takes a base or
+data, they are addressed as `nursery:NAME`, the rows of one package of the standard library as `nursery:NAME/PACKAGE`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BASES = ("decoder", "encoder", "seq2seq", "vision", "moe", "ssm", "decoder-xs", "decoder-s", "decoder-m")
-DATA = ("docstrings", "packages", "digits")
+CODE = ("functions", "summaries", "tests", "programs", "defects", "clones", "search")
+DATA = ("docstrings", "packages", "digits", *CODE)
 NAMES = BASES + DATA
 PREFIX = "nursery:"
 
@@ -73,11 +75,16 @@ def base(name: str, *, dtype: torch.dtype | None = None) -> tuple[PreTrainedMode
 def data(name: str) -> DatasetDict:
     """A data set with the splits `train` and `validation`, built from the running Python in a second or two.
 
-    Raises:
-        ValueError: no data set has this name.
-        ImportError: `digits` without scikit-learn or Pillow.
-    """
-    bare = _known(name, "data set", DATA)
-    from deltaworks.nursery import sets
+    `NAME/PACKAGE` has only the rows of one top-level package, for tuning to a project.
 
-    return sets.SETS[bare]()
+    Raises:
+        ValueError: no data set has this name, or no such part.
+        ImportError: `digits` without scikit-learn or Pillow, `tests` where Python came without its own tests.
+    """
+    given, _, package = name.partition("/")
+    bare = _known(given, "data set", DATA)
+    from deltaworks.nursery import code_sets, sets
+
+    if package:
+        return code_sets.group(bare, package)
+    return (sets.SETS | code_sets.SETS)[bare]()
