@@ -7,16 +7,14 @@ of its own, which is what PEFT offers for such batches.
 from __future__ import annotations
 
 import os
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from .resident import Resident, resident
-from .step_worker import Side, base, device, loss_of, saved_bytes, stepper
+from .resident import resident
+from .step_worker import Side, base, batch_of, device, loss_of, saved, stepper, timed
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -77,9 +75,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     model = base(settings)
     loaded = resident()
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, settings["vocabulary"], (settings["batch"], settings["tokens"]), generator=generator)
-    batch = {"input_ids": ids.to(device()), "labels": ids.to(device())}
+    batch = batch_of(settings)
     side = adapt(model, settings)
     side.called.train()
     loss = losses(side, settings, batch)
@@ -89,23 +85,9 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
         step = _training(side, loss)
     else:
         step = stepper(side, settings, batch)
-    for _ in range(2):
-        step()
-    watcher = Resident()
-    watcher.start()
-    times = []
-    for _ in range(settings["steps"]):
-        begin = time.perf_counter()
-        step()
-        if device() == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    figures: dict[str, Any] = {
-        "seconds": statistics.median(times),
-        "resident_above_base": max(watcher.stop() - loaded, 0),
-    }
+    figures = timed(step, settings["steps"], loaded)
     if not settings["mixed"]:
-        figures["saved_bytes"] = saved_bytes(side, loss)
+        figures["saved_bytes"] = saved(side, loss)
     if device() == "cuda":
         figures["cuda_peak"] = torch.cuda.max_memory_allocated()
     return figures

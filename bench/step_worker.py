@@ -138,24 +138,36 @@ def stepper(side: Side, settings: dict[str, Any], batch: dict[str, torch.Tensor]
     return step
 
 
-def saved_bytes(side: Side, loss: Callable[[], torch.Tensor]) -> int:
+def saved(side: Side, loss: Callable[[], torch.Tensor]) -> int:
     """Bytes of distinct storages autograd keeps for backward, parameters and buffers left out."""
+    from deltaworks.core.costs import saved_bytes  # after the resident set was measured, to which an import would add
+
     if side.tuned is not None and any(rule.owns_step for rule in side.tuned.rules):
         return 0  # its steps have no backward
-    own = {t.untyped_storage().data_ptr() for t in (*side.called.parameters(), *side.called.buffers())}
-    seen: dict[int, int] = {}
+    return saved_bytes(side.called, loss)
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        value = loss()
-    total = sum(seen.values())
-    value.backward()
-    return total
+def batch_of(settings: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Random tokens, which are their own labels."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, settings["vocabulary"], (settings["batch"], settings["tokens"]), generator=generator)
+    return {"input_ids": ids.to(device()), "labels": ids.to(device())}
+
+
+def timed(step: Callable[[], None], steps: int, loaded: int) -> dict[str, Any]:
+    """Median seconds of a step after two that warm up, and the resident set above `loaded` bytes meanwhile."""
+    for _ in range(2):
+        step()
+    watcher = Resident()
+    watcher.start()
+    times = []
+    for _ in range(steps):
+        _wait()
+        begin = time.perf_counter()
+        step()
+        _wait()
+        times.append(time.perf_counter() - begin)
+    return {"seconds": statistics.median(times), "resident_above_base": max(watcher.stop() - loaded, 0)}
 
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
@@ -163,28 +175,11 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     model = base(settings)
     loaded = resident()
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, settings["vocabulary"], (settings["batch"], settings["tokens"]), generator=generator)
-    ids = ids.to(device())
-    batch = {"input_ids": ids, "labels": ids}
+    batch = batch_of(settings)
     side = adapt(model, settings, batch)
     side.called.train()
-    step = stepper(side, settings, batch)
-    for _ in range(2):
-        step()
-    watcher = Resident()
-    watcher.start()
-    times = []
-    for _ in range(settings["steps"]):
-        _wait()
-        begin = time.perf_counter()
-        step()
-        _wait()
-        times.append(time.perf_counter() - begin)
-    figures = {
-        "seconds": statistics.median(times),
-        "resident_above_base": max(watcher.stop() - loaded, 0),
-        "saved_bytes": saved_bytes(side, lambda: loss_of(side, settings, batch)),
+    figures = timed(stepper(side, settings, batch), settings["steps"], loaded) | {
+        "saved_bytes": saved(side, lambda: loss_of(side, settings, batch)),
         "trainable": sum(parameter.numel() for parameter in side.parameters),
     }
     if device() == "cuda":

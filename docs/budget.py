@@ -16,7 +16,7 @@ import math
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import nn
 
 import deltaworks as dw
 from deltaworks import nursery
+from deltaworks.core.costs import saved_bytes
 from deltaworks.data.loading import load
 from deltaworks.data.preparing import prepare
 
@@ -118,9 +119,9 @@ def costs(model: nn.Module, tuned: Any, batch: dict[str, Any], work: Work) -> di
     embedded = frozen.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
     rest = {key: value for key, value in batch.items() if key != "input_ids"}
     tokens = batch["input_ids"].numel()
-    below = saved(frozen, lambda: frozen(inputs_embeds=embedded, **rest).loss)
+    below = saved_bytes(frozen, lambda: frozen(inputs_embeds=embedded, **rest).loss)
     model.train()
-    above = saved(model, lambda: model(**batch).loss)
+    above = saved_bytes(model, lambda: model(**batch).loss)
     with tempfile.TemporaryDirectory() as folder:
         dw.save(model, folder)
         stored = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
@@ -129,24 +130,6 @@ def costs(model: nn.Module, tuned: Any, batch: dict[str, Any], work: Work) -> di
         "stored": stored,
         "saved_per_token": (above - below) / tokens,
     }
-
-
-def saved(model: nn.Module, loss: Callable[[], torch.Tensor]) -> int:
-    """Bytes of distinct storages that autograd keeps, those of parameters and buffers left out."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    seen: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = loss()
-    total = sum(seen.values())
-    del kept
-    return total
 
 
 def page(record: dict[str, Any]) -> str:
