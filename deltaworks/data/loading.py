@@ -224,7 +224,8 @@ def _with_labels(
 ) -> tuple[Labels, list[tuple[str, Row]], list[tuple[str, Row]]]:
     """Labels understood over all rows, and every row's label replaced by its id or number."""
     column = "tags" if shape.name == "tokens-tags" else "label"
-    own = {(columns or {}).get(column, column), *shape.columns[column]}
+    named = (columns or {}).get(column)
+    own = {named} if named else {column, *shape.columns[column]}
     declared = next((names for name, names in split.names.items() if name in own), None)
     rows = [*train, *held_out]
     if column == "tags":

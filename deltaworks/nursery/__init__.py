@@ -2,9 +2,10 @@
 
 For the demo, the tests and the comparisons; a user with a model and data never needs it.
 
-Bases: `decoder` (Llama, 5 M parameters, shipped), `encoder` (BERT), `seq2seq` (T5), `vision` (ViT), `moe` (Mixtral),
-`ssm` (Mamba), and `decoder-xs`, `decoder-s`, `decoder-m` for studies of scale. Data: `docstrings` (signature ->
-docstring), `packages` (docstring -> package), `digits`, and tasks on code, which `code_sets` describes: `functions`,
+Bases: `decoder` (Llama, 5 M parameters, shipped), `encoder` (BERT), `seq2seq` (T5), `vision` (ViT), `conv` (ResNet),
+`moe` (Mixtral), `ssm` (Mamba), and `decoder-xs`, `decoder-s`, `decoder-m` for studies of scale. Data: `docstrings`
+(signature -> docstring), `packages` (docstring -> package), `digits`, `holidays` (name in any language -> months), and
+tasks on code, which `code_sets` describes: `functions`,
 `summaries`, `tests`, `programs`, `defects`, `clones`, `search`. Wherever the command line or a recipe takes a base or
 data, they are addressed as `nursery:NAME`, the rows of one package of the standard library as `nursery:NAME/PACKAGE`.
 """
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
     from transformers import PreTrainedModel
 
-BASES = ("decoder", "encoder", "seq2seq", "vision", "moe", "ssm", "decoder-xs", "decoder-s", "decoder-m")
+BASES = ("decoder", "encoder", "seq2seq", "vision", "conv", "moe", "ssm", "decoder-xs", "decoder-s", "decoder-m")
 CODE = ("functions", "summaries", "tests", "programs", "defects", "clones", "search")
-DATA = ("docstrings", "packages", "digits", *CODE)
+DATA = ("docstrings", "packages", "digits", "holidays", *CODE)
 NAMES = BASES + DATA
 PREFIX = "nursery:"
 
@@ -42,7 +43,7 @@ def base_path(name: str) -> Path:
 
     Raises:
         ValueError: no base has this name.
-        ImportError: `vision` without scikit-learn or Pillow.
+        ImportError: `vision` or `conv` without scikit-learn or Pillow.
     """
     bare = _known(name, "base", BASES)
     from deltaworks.nursery import bases
@@ -54,21 +55,22 @@ resolve = base_path
 
 
 def base(name: str, *, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Any]:
-    """A base as (model, tokenizer), or (model, image processor) for `vision`; float32 unless `dtype` says otherwise.
+    """A base as (model, tokenizer), or (model, image processor) for pictures; float32 unless `dtype` says otherwise.
 
     The model is of the class it was pre-trained as, in evaluation mode: with its language-modelling head, or, for
-    `vision`, without a head.
+    pictures, without a head.
 
     Raises:
         ValueError: no base has this name.
-        ImportError: `vision` without scikit-learn or Pillow.
+        ImportError: `vision` or `conv` without scikit-learn or Pillow.
     """
     import transformers
 
     folder = base_path(name)
     config = transformers.AutoConfig.from_pretrained(folder)
     architecture = getattr(transformers, (config.architectures or ["AutoModel"])[0])
-    reader = transformers.AutoImageProcessor if config.model_type == "vit" else transformers.AutoTokenizer
+    pictures = (folder / "preprocessor_config.json").is_file()
+    reader = transformers.AutoImageProcessor if pictures else transformers.AutoTokenizer
     return architecture.from_pretrained(folder, dtype=dtype or torch.float32).eval(), reader.from_pretrained(folder)
 
 
@@ -83,8 +85,8 @@ def data(name: str) -> DatasetDict:
     """
     given, _, package = name.partition("/")
     bare = _known(given, "data set", DATA)
-    from deltaworks.nursery import code_sets, sets
+    from deltaworks.nursery import code_sets, label_sets, sets
 
     if package:
         return code_sets.group(bare, package)
-    return (sets.SETS | code_sets.SETS)[bare]()
+    return (sets.SETS | code_sets.SETS | label_sets.SETS)[bare]()

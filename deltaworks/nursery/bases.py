@@ -41,6 +41,8 @@ from transformers import (
     MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    ResNetConfig,
+    ResNetForImageClassification,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -70,6 +72,17 @@ class TextRecipe:
     batch: int = 16
     length: int = 96
     rate: float = 5e-3
+
+
+@dataclass(frozen=True)
+class VisionRecipe:
+    """A vision base: what is built, and what it learns from how many batches of pictures `side` pixels wide."""
+
+    model: Callable[[], PreTrainedModel]
+    side: int
+    steps: int = 300
+    batch: int = 64
+    rate: float = 2e-3
 
 
 def causal(model: PreTrainedModel, rows: Tensor, randomness: torch.Generator) -> tuple[Tensor, Tensor, float]:
@@ -210,14 +223,33 @@ TEXT = {
     "decoder-s": TextRecipe(partial(llama, 128, 3), causal, "causal", steps=200),
     "decoder-m": TextRecipe(partial(llama, 192, 4), causal, "causal", steps=200),
 }
-VISION_STEPS = 300
-PIXELS = {
-    "image_processor_type": "ViTImageProcessor",
-    "do_convert_rgb": True,
-    "size": {"height": 16, "width": 16},
-    "image_mean": [0.5] * 3,
-    "image_std": [0.5] * 3,
-}
+
+
+TURNS: dict[str, Any] = {"id2label": {turns: f"{90 * turns} degrees" for turns in range(4)}}
+
+
+def vit() -> PreTrainedModel:
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=16,
+            patch_size=4,
+            **TURNS,
+        )
+    )
+
+
+def resnet() -> PreTrainedModel:
+    return ResNetForImageClassification(
+        ResNetConfig(embedding_size=32, hidden_sizes=[32, 64, 96], depths=[1, 1, 1], layer_type="basic", **TURNS)
+    )
+
+
+# A residual network halves its picture four times, so it begins with a larger one.
+VISION = {"vision": VisionRecipe(vit, side=16), "conv": VisionRecipe(resnet, side=32, steps=200, rate=3e-3)}
 
 
 def entries(framing: vocabulary.Framing) -> PreTrainedTokenizerFast:
@@ -287,47 +319,47 @@ def grow_text(recipe: TextRecipe, folder: Path, seed: int) -> None:
     (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def grow_vision(steps: int, folder: Path, seed: int, batch: int = 64) -> None:
-    """Pre-train a ViT to tell by how many quarter turns a digit was rotated (Gidaris et al. 2018, arXiv:1803.07728).
+def grow_vision(recipe: VisionRecipe, folder: Path, seed: int) -> None:
+    """Pre-train a model to tell by how many quarter turns a digit was rotated (Gidaris et al. 2018, arXiv:1803.07728).
 
-    The task needs no labels and uses the class token, so what is left to fine-tuning is to read the digit. The head
-    is thrown away.
+    The task needs no labels and uses the summary of the picture that a class is read from, so what is left to
+    fine-tuning is to read the digit. The head is thrown away.
     """
-    config = ViTConfig(
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=16,
-        patch_size=4,
-        id2label={turns: f"{90 * turns} degrees" for turns in range(4)},
-    )
-    (folder / "preprocessor_config.json").write_text(json.dumps(PIXELS, indent=2) + "\n")
+    reading = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_convert_rgb": True,
+        "size": {"height": recipe.side, "width": recipe.side},
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(reading, indent=2) + "\n")
     processor = AutoImageProcessor.from_pretrained(folder)
-    model = ViTForImageClassification(config)
+    model = recipe.model()
     digits = sets.digits()
     pixels = {split: processor(list(digits[split]["image"]), return_tensors="pt")["pixel_values"] for split in digits}
     randomness = torch.Generator().manual_seed(seed)
-    optimizers = Optimizers(model, 2e-3)
+    optimizers = Optimizers(model, recipe.rate)
 
     def turned(images: Tensor) -> tuple[Tensor, Tensor]:
         turns = torch.arange(len(images)) % 4
         return torch.stack([image.rot90(int(turn), (1, 2)) for image, turn in zip(images, turns, strict=True)]), turns
 
-    for step in range(steps):
-        images = pixels["train"][torch.randint(len(pixels["train"]), (batch,), generator=randomness)]
+    model.train()
+    for step in range(recipe.steps):
+        images = pixels["train"][torch.randint(len(pixels["train"]), (recipe.batch,), generator=randomness)]
         images, turns = turned(images)
         functional.cross_entropy(model(pixel_values=images).logits, turns).backward()
-        optimizers.step(step / steps)
+        optimizers.step(step / recipe.steps)
     model.eval()
     with torch.no_grad():
         images, turns = turned(pixels["validation"])
         loss = functional.cross_entropy(model(pixel_values=images).logits, turns)
     chance = float(torch.tensor(4.0).log())
-    facts = {"steps": steps, "images": steps * batch, "held_out_loss": float(loss), "unigram_loss": chance}
+    images_seen = recipe.steps * recipe.batch
+    facts = {"steps": recipe.steps, "images": images_seen, "held_out_loss": float(loss), "unigram_loss": chance}
     model.config.id2label = dict(enumerate(digits["train"].features["label"].names))
     model.config.label2id = {label: index for index, label in model.config.id2label.items()}
-    model.vit.save_pretrained(folder)
+    cast(PreTrainedModel, model.base_model).save_pretrained(folder)
     (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
@@ -343,8 +375,9 @@ def grow(name: str, folder: Path, *, steps: int | None = None, seed: int = 0) ->
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(seed)
-            if name == "vision":
-                grow_vision(steps or VISION_STEPS, folder, seed)
+            if name in VISION:
+                picture = VISION[name]
+                grow_vision(replace(picture, steps=steps or picture.steps), folder, seed)
             else:
                 recipe = TEXT[name]
                 grow_text(replace(recipe, steps=steps or recipe.steps), folder, seed)

@@ -301,6 +301,15 @@ def test_numbers_in_csv_are_numbers_and_class_numbers_are_classes(tmp_path):
     assert load(path, validation=None).labels.names == ("0", "1")
 
 
+def test_a_chosen_label_column_has_its_own_names_not_those_of_a_column_called_label():
+    kinds = {"label": datasets.ClassLabel(names=["no", "yes"]), "kind": datasets.ClassLabel(names=["a", "b", "c"])}
+    features = datasets.Features({"text": datasets.Value("string"), **kinds})
+    rows = datasets.Dataset.from_list([{"text": "x", "label": 1, "kind": 2}], features=features)
+    data = load(rows, columns={"label": "kind"}, validation=None)
+    assert data.labels is not None and data.labels.names == ("a", "b", "c")
+    assert data.train["label"][:] == [2]
+
+
 def test_declared_class_names_are_kept_and_an_unknown_id_is_bad():
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
     table = datasets.Dataset.from_list([{"text": "a", "label": 1}, {"text": "b", "label": -1}], features=features)

@@ -102,9 +102,9 @@ def folder_bytes(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("name", ["encoder", "seq2seq", "vision", "moe", "ssm"])
+@pytest.mark.parametrize("name", ["encoder", "seq2seq", "vision", "conv", "moe", "ssm"])
 def test_a_grown_base_is_the_same_from_the_same_seed_whatever_the_threads(name, tmp_path, request):
-    if name == "vision":
+    if name in bases.VISION:
         pytest.importorskip("sklearn")
     request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     for threads, attempt in enumerate(("first", "second"), start=1):
@@ -155,7 +155,7 @@ def test_another_seed_gives_another_base(tmp_path):
 
 
 def test_every_base_but_the_shipped_one_has_a_recipe():
-    assert set(nursery.BASES) == {"decoder", "vision", *bases.TEXT}
+    assert set(nursery.BASES) == {"decoder", *bases.VISION, *bases.TEXT}
 
 
 def test_the_decoders_of_other_sizes_grow_in_order(tmp_path):
@@ -171,9 +171,10 @@ def test_each_kind_frames_a_text_as_its_models_do():
     assert pair == [1, *x, 2, *x, 2]
 
 
-def test_vision_takes_a_new_head(tmp_path):
+@pytest.mark.parametrize("name", list(bases.VISION))
+def test_a_vision_base_takes_a_new_head(name, tmp_path):
     pytest.importorskip("sklearn")
-    bases.grow("vision", tmp_path, steps=2)
+    bases.grow(name, tmp_path, steps=2)
     model = AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=10)
     from transformers import AutoImageProcessor
 
