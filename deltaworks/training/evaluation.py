@@ -31,9 +31,9 @@ def held_out(
 ) -> dict[str, float]:
     """Figures of the held-out data (of `data`, if given).
 
-    Always `loss`, the mean over all targets of all examples. Language models: `perplexity`. Classes: `accuracy` and
-    macro `f1`; several classes at once: micro `f1` and `exact`; tags: also `span_f1` where they are B-/I- tags.
-    Numbers: `mae`, `rmse`, `pearson`.
+    Always `loss`, the mean over all targets of all examples. Language models: `perplexity`. Classes: `accuracy`, macro
+    `f1` and `auc` (not of tags); several classes at once: micro `f1`, `macro_f1`, `auc` and `exact`; tags: also
+    `span_f1` where they are B-/I- tags. Numbers: `mae`, `rmse`, `pearson`.
     """
     data = prepared.validation if data is None else data
     assert data is not None
@@ -85,9 +85,8 @@ def merit(task: str, labels: Labels, guesses: Sequence[Tensor], truths: Sequence
     if labels.problem_type == "regression":
         return _numbers(torch.stack(list(guesses)), torch.stack(list(truths)))
     if labels.problem_type == "multi_label_classification":
-        guess, truth = torch.stack(list(guesses)) > 0, torch.stack(list(truths)) > 0.5
-        hits, all_ = int((guess & truth).sum()), int(guess.sum() + truth.sum())
-        return {"f1": 2 * hits / all_ if all_ else 1.0, "exact": float((guess == truth).all(-1).float().mean())}
+        logits, truth = torch.stack(list(guesses)), torch.stack(list(truths)) > 0.5
+        return _several(logits > 0, truth) | {"auc": _auc(logits, truth)}
     if task == "token-classification":
         pairs = [
             (logits[: len(tags)].argmax(-1)[tags != IGNORED], tags[tags != IGNORED])
@@ -97,7 +96,35 @@ def merit(task: str, labels: Labels, guesses: Sequence[Tensor], truths: Sequence
         if any(name.startswith("B-") for name in labels.names):
             figures["span_f1"] = _span_f1(pairs, labels.names)
         return figures
-    return _classes(torch.stack([logits.argmax(-1) for logits in guesses]), torch.stack(list(truths)))
+    logits, truth = torch.stack(list(guesses)), torch.stack(list(truths))
+    # One class against the others: its share, not its logit, says how sure a model of one class is.
+    ranked = _auc(logits.softmax(-1), torch.nn.functional.one_hot(truth, logits.shape[-1]) > 0)
+    return _classes(logits.argmax(-1), truth) | {"auc": ranked}
+
+
+def _several(guess: Tensor, truth: Tensor) -> dict[str, float]:
+    """Micro `f1`, `macro_f1` over the classes that occur, and `exact`, of `examples x classes` truth values."""
+    hits, all_ = (guess & truth).sum(0), guess.sum(0) + truth.sum(0)
+    occurs = truth.any(0)
+    return {
+        "f1": 2 * int(hits.sum()) / int(all_.sum()) if int(all_.sum()) else 1.0,
+        "macro_f1": float((2 * hits[occurs] / all_[occurs]).mean()) if occurs.any() else 1.0,
+        "exact": float((guess == truth).all(-1).float().mean()),
+    }
+
+
+def _auc(scores: Tensor, truth: Tensor) -> float:
+    """Area under the ROC curve, the mean over classes: how often an example of a class scores above one that is none.
+
+    Both are `examples x classes`. Classes that all or no examples have are left out; without any other it is 0.5.
+    """
+    areas = []
+    for score, wanted in zip(scores.double().T, truth.T, strict=True):
+        good, bad = score[wanted], score[~wanted].sort().values
+        if len(good) and len(bad):
+            below, upto = torch.searchsorted(bad, good), torch.searchsorted(bad, good, right=True)
+            areas.append(float((below + upto).double().mean()) / (2 * len(bad)))
+    return sum(areas) / len(areas) if areas else 0.5
 
 
 def _classes(guess: Tensor, truth: Tensor) -> dict[str, float]:

@@ -24,6 +24,8 @@ def test_classes_are_scored_as_scikit_learn_does() -> None:
     guess = logits.argmax(-1)
     assert found["accuracy"] == pytest.approx(metrics.accuracy_score(truth, guess))
     assert found["f1"] == pytest.approx(metrics.f1_score(truth, guess, average="macro", labels=[0, 1, 2]))
+    areas = [metrics.roc_auc_score(truth == index, logits.softmax(-1)[:, index]) for index in range(3)]
+    assert found["auc"] == pytest.approx(sum(areas) / 3)
 
 
 def test_several_classes_are_scored_together() -> None:
@@ -33,7 +35,19 @@ def test_several_classes_are_scored_together() -> None:
     kind = Labels("multi_label_classification", tuple("abcd"))
     found = merit("sequence-classification", kind, list(logits), list(truth))
     assert found["f1"] == pytest.approx(metrics.f1_score(truth, logits > 0, average="micro"))
+    assert found["macro_f1"] == pytest.approx(metrics.f1_score(truth, logits > 0, average="macro"))
     assert found["exact"] == pytest.approx(metrics.accuracy_score(truth, logits > 0))
+    assert found["auc"] == pytest.approx(metrics.roc_auc_score(truth, logits, average="macro"))
+
+
+def test_classes_that_do_not_occur_count_for_none() -> None:
+    kind = Labels("multi_label_classification", tuple("abc"))
+    truth = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
+    found = merit("sequence-classification", kind, [torch.tensor([1.0, 1.0, -1.0])] * 2, list(truth))
+    assert found["macro_f1"] == pytest.approx((2 / 3 + 1) / 2), "the third class has no example"
+    assert found["auc"] == 0.5, "a tie in the only class that can be ranked"
+    nothing = merit("sequence-classification", kind, [-torch.ones(3)], [torch.zeros(3)])
+    assert (nothing["f1"], nothing["macro_f1"], nothing["auc"]) == (1.0, 1.0, 0.5)
 
 
 def test_numbers_are_scored() -> None:

@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    ResNetConfig,
+    ResNetForImageClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 import deltaworks as dw
 from deltaworks.core.rule import Rule, Run
@@ -373,3 +379,26 @@ def test_an_optimizer_that_chooses_its_parameters_is_refused(tmp_path: Path) -> 
     trainer = wrap(Trainer)(model, args, train_dataset=DATA, optimizer_cls_and_kwargs=chooses)
     with pytest.raises(ValueError, match="chooses its parameters itself"):
         trainer.train()
+
+
+def test_the_running_statistics_of_a_batch_norm_stay_the_bases(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
+    model = ResNetForImageClassification(config).eval()
+    pixels = 3 + torch.randn(8, 3, 32, 32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    data = [{"pixel_values": image, "labels": torch.tensor(i % 3)} for i, image in enumerate(pixels)]
+    handle = dw.attach(model, dw.LoRA(on="conv"))
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True,
+        report_to=[], save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    wrap(Trainer)(model, args, train_dataset=data).train()
+    adapted = model.eval()(pixel_values=pixels).logits
+    dw.save(handle, tmp_path / "adapter")
+    dw.detach(model)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not torch.allclose(model(pixel_values=pixels).logits, adapted)
+    dw.load(model, tmp_path / "adapter")
+    torch.testing.assert_close(model(pixel_values=pixels).logits, adapted)

@@ -24,10 +24,10 @@ TASKS = {  # task: family of the base, data, figures beside the loss
     "causal-lm": ("llama", "completions", {"perplexity"}),
     "seq2seq": ("t5", "pairs", {"perplexity"}),
     "masked-lm": ("bert", "texts", {"perplexity"}),
-    "sequence-classification": ("bert", "classes", {"accuracy", "f1"}),
+    "sequence-classification": ("bert", "classes", {"accuracy", "auc", "f1"}),
     "regression": ("bert", "numbers", {"mae", "rmse", "pearson"}),
     "token-classification": ("bert", "tags", {"accuracy", "f1", "span_f1"}),
-    "image-classification": ("vit", "images", {"accuracy", "f1"}),
+    "image-classification": ("vit", "images", {"accuracy", "auc", "f1"}),
 }
 
 
@@ -71,7 +71,7 @@ def tokenizer_of(folder: str) -> Any:
 def test_several_classes_at_once(tmp_path: Path, base: Folder, data: Folder) -> None:
     result = run(base("bert"), data("several"), tmp_path / "out")
     assert result.before is not None and result.after is not None
-    assert set(result.after) == {"loss", "f1", "exact"}
+    assert set(result.after) == {"loss", "f1", "macro_f1", "auc", "exact"}
     assert result.after["loss"] < result.before["loss"]
 
 
