@@ -30,6 +30,8 @@ Tell = Callable[..., None]
 
 FIGURES = ("accuracy", "rmse", "f1", "loss")
 """The figure that decides where none is named: the first of these that a run has."""
+EXECUTED = "passes"
+"""The figure for which what a model writes is run."""
 PROBE_STEPS = 6
 
 
@@ -157,10 +159,12 @@ class _Comparing:
                     context = cell.context_examples if kind == "context" else 0
                     labels = {"cell": cell, "name": name}
                     domain = self._domain(cell) if kind == "base" else None
-                    half = self._half()
                     made.append(
-                        Trial(recipe=recipe, kind=kind, half=half, context=context, domain=domain, labels=labels)
-                    )
+                        Trial(
+                            recipe=recipe, kind=kind, half=self._half(), context=context, domain=domain, labels=labels,
+                            execute=cell.metric == EXECUTED,
+                        )
+                    )  # fmt: skip
         return made
 
     def _trials(self, job: _Job) -> list[Trial]:
@@ -168,7 +172,12 @@ class _Comparing:
         for seed in self.study.all_seeds:
             recipe = self.study.recipe(job.cell, job.entry, seed, **job.changed)
             labels = {"cell": job.cell, "name": job.entry.name, "note": job.note}
-            made.append(Trial(recipe=recipe, half=self._half(), domain=self._domain(job.cell), labels=labels))
+            made.append(
+                Trial(
+                    recipe=recipe, half=self._half(), domain=self._domain(job.cell), labels=labels,
+                    execute=job.cell.metric == EXECUTED,
+                )
+            )  # fmt: skip
         return made
 
     def _task(self, cell: Cell) -> str | None:
@@ -231,7 +240,8 @@ class _Comparing:
         quick = {"samples": whole.samples if _generated(job.cell.metric) else 0, "evaluate_every": None}
         changed = job.changed | {"lr": rate} | quick | length
         recipe = self.study.recipe(job.cell, job.entry, self.study.all_seeds[0], **changed)
-        return Trial(recipe=recipe, half="choosing", labels={"cell": job.cell, "name": job.entry.name})
+        labels = {"cell": job.cell, "name": job.entry.name}
+        return Trial(recipe=recipe, half="choosing", labels=labels, execute=job.cell.metric == EXECUTED)
 
     # Budgets
 
@@ -297,7 +307,7 @@ def _diverged(row: Row) -> bool:
 
 
 def _generated(metric: str | None) -> bool:
-    return metric in ("exact_match", "similarity", "chrf", "parses")
+    return metric in ("exact_match", "similarity", "chrf", "parses", EXECUTED)
 
 
 def cost(row: Row, metric: str | None) -> float | None:

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 
+from .sandbox import passes
+
 
 def exact_match(reference: str, generated: str) -> float:
     """1 when the texts are the same but for white space around them."""
@@ -48,8 +50,11 @@ def parses(prompt: str, generated: str) -> float:
     return 0.0
 
 
-def scores(samples: Sequence[Mapping[str, str]]) -> dict[str, float]:
-    """Means over samples (`prompt`, `reference`, `generated`): `exact_match`, `similarity`, `chrf`, `parses`."""
+def scores(samples: Sequence[Mapping[str, str]], *, execute: bool = False) -> dict[str, float]:
+    """Means over samples (`prompt`, `reference`, `generated`): `exact_match`, `similarity`, `chrf`, `parses`.
+
+    With `execute`, what was generated is run where its prompt holds tests (`sandbox`): `passes`, of those samples.
+    """
     if not samples:
         return {}
     found: Counter[str] = Counter()
@@ -59,4 +64,7 @@ def scores(samples: Sequence[Mapping[str, str]]) -> dict[str, float]:
         found["similarity"] += similarity(*pair)  # type: ignore[assignment]
         found["chrf"] += chrf(*pair)  # type: ignore[assignment]
         found["parses"] += parses(sample["prompt"], sample["generated"])  # type: ignore[assignment]
-    return {name: total / len(samples) for name, total in found.items()}
+    means = {name: total / len(samples) for name, total in found.items()}
+    tested = [passes(one["prompt"], one["generated"]) for one in samples] if execute else []
+    passed = [one for one in tested if one is not None]
+    return means | ({"passes": sum(passed) / len(passed)} if passed else {})

@@ -49,6 +49,7 @@ class Trial:
         domain: text of the base's own domain, of which the loss is measured before and after: a source as `data=`
             takes it, or `nursery:NAME` of a text base.
         context: training examples in the prompt, where kind is "context".
+        execute: whether what is generated is run where its prompt holds tests, for the figure `passes`.
         groups: column of the data that says to which group a held-out row belongs; figures are then also by group.
         labels: what the study calls it; no part of the key.
     """
@@ -58,6 +59,7 @@ class Trial:
     half: Half | None = None
     domain: str | None = None
     context: int = 0
+    execute: bool = False
     groups: str | None = None
     labels: dict[str, Any] = field(default_factory=dict, compare=False)
 
@@ -74,8 +76,8 @@ class Trial:
             unused = ("method", "settings", "also", "lr", "schedule", "warmup", "optimizer", "weight_decay", "clip")
             unused += ("steps", "epochs", "accumulation", "checkpointing", "measure", "evaluate_every")
             kept = {name: value for name, value in kept.items() if name not in unused}
-        grouped = {"groups": self.groups} if self.groups else {}
-        return grouped | {
+        asked = ({"groups": self.groups} if self.groups else {}) | ({"execute": True} if self.execute else {})
+        return asked | {
             "kind": self.kind,
             "half": self.half,
             "context": self.context,

@@ -88,8 +88,8 @@ def perform(trial: Trial, folder: Path, tell: Progress = lambda event, **figures
         adapters.load(opened.model, result.adapter)  # it was finished before this process began
     by_group = groups.figures(opened, recipe.batch_size) if groups is not None else {}
     return common | {
-        "figures": (metrics["after"] or {}) | scores(made["after"]) | by_group,
-        "before": (metrics["before"] or {}) | scores(made["before"]),
+        "figures": (metrics["after"] or {}) | scores(made["after"], execute=trial.execute) | by_group,
+        "before": (metrics["before"] or {}) | scores(made["before"], execute=trial.execute),
         "trainable": metrics["adapter"]["trainable"],
         "stored_bytes": metrics["adapter"]["stored_bytes"],
         "kept": adapters.inspect(result.adapter)["values"],
@@ -199,7 +199,7 @@ def _untrained(trial: Trial, recipe: Recipe, opened: Opened) -> Row:
     peak = opened.memory.bytes()
     made = samples(opened.model, prepared, opened.processor, recipe.samples, recipe.sample_length, opened.device)
     return {
-        "figures": figures | scores(made),
+        "figures": figures | scores(made, execute=trial.execute),
         "before": None,
         "trainable": 0,
         "stored_bytes": 0,
