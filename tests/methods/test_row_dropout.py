@@ -102,3 +102,34 @@ def test_a_convolution_may_have_cores(kind: type, init: str, tmp_path) -> None:
     assert torch.allclose(fresh(x), beside)
     dw.merge(model)
     assert torch.allclose(model(x), beside) and torch.allclose(model[0].weight, weight + expected)
+
+
+@pytest.mark.parametrize("init", ["peft", "lycoris"])
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
+def test_a_factor_of_a_convolution_may_have_a_core(kind: type, init: str, tmp_path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(6, 16, 3, padding=1), kind(16, 9, 1)).double()
+    x = torch.randn(2, 6, *[7] * (model[0].weight.dim() - 2), dtype=torch.float64)
+    base, weight = model(x), model[0].weight.detach().clone()
+    method = dw.LoKr(on=kind, rank=1, alpha=3.0, tucker=True, init=init)
+    tuned = dw.attach(model, method, seed=0)
+    assert torch.equal(model(x), base)
+    cored, point = tuned.parts()
+    points = weight[0, 0].numel()
+    assert {name: tuple(value.shape) for name, value in cored.named_parameters()} == {
+        "w1": (4, 2), "w2_a": (1, 4), "w2_b": (1, 3), "t2": (1, 1, points),
+    }  # fmt: skip
+    assert hasattr(point, "w2_a") and not hasattr(point, "t2"), "a kernel of one point needs no core"
+    nudge(tuned, 0.3)
+    second = torch.einsum("ij...,io,jc->oc...", cored.t2.view(1, 1, *weight.shape[2:]), cored.w2_a, cored.w2_b)
+    expected = 3.0 * torch.kron(cored.w1.view(4, 2, *[1] * (second.dim() - 2)), second)
+    assert torch.allclose(cored.dense().view_as(weight), expected)
+    beside = model(x)
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(beside.square().sum(), tuned.parameters()))
+    dw.save(model, tmp_path / "adapter")
+    torch.manual_seed(0)
+    fresh = nn.Sequential(kind(6, 16, 3, padding=1), kind(16, 9, 1)).double()
+    dw.load(fresh, tmp_path / "adapter")
+    assert torch.allclose(fresh(x), beside)
+    dw.merge(model)
+    assert torch.allclose(model(x), beside) and torch.allclose(model[0].weight, weight + expected)

@@ -77,10 +77,11 @@ def test_loha(make: Callable[[], tuple[nn.Module, Tensor]]) -> None:
 @pytest.mark.parametrize("make", [linear, convolution])
 @pytest.mark.parametrize("rank", [1, 2, 9])
 @pytest.mark.parametrize("both", [False, True])
-def test_lokr(make: Callable[[], tuple[nn.Module, Tensor]], rank: int, both: bool) -> None:
-    method = dw.LoKr(on="^0$", rank=rank, alpha=6.0, both=both, init="lycoris")
+@pytest.mark.parametrize("tucker", [False, True])
+def test_lokr(make: Callable[[], tuple[nn.Module, Tensor]], rank: int, both: bool, tucker: bool) -> None:
+    method = dw.LoKr(on="^0$", rank=rank, alpha=6.0, both=both, init="lycoris", tucker=tucker)
     model, x, part = adapted(make, method)
-    theirs = LokrModule("one", make()[0][0], lora_dim=rank, alpha=6, decompose_both=both)
+    theirs = LokrModule("one", make()[0][0], lora_dim=rank, alpha=6, decompose_both=both, use_tucker=tucker)
     pairs = {value: theirs.get_parameter(f"lokr_{name}") for name, value in part.named_parameters()}
     assert len(pairs) == len(list(theirs.parameters()))
     assert_equal(model, x, theirs, pairs)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from torch import nn
 
 from ...core.operators.kronecker import Kronecker
+from ...core.operators.tucker_kronecker import TuckerKronecker
 from ...core.part import Part
 from ...methods.structured.lokr import shapes
-from ...model.weights import Weight
+from ...model.weights import CONVOLUTIONS, Weight
 from ..reading import Plan
 from .draft import Draft, number
 from .ranks import Ranks
@@ -17,7 +19,7 @@ from .source import Source, refuse
 from .targets import named, patterns
 
 KIND = "LOKR"
-FACTORS = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")
+FACTORS = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
@@ -32,7 +34,7 @@ def read(source: Source) -> Plan:
     start = source.take("init_weights", True, bool, str)
     if start not in (True, False, "lycoris"):
         refuse(source.file, f"init_weights={start!r} is not known")
-    source.flag("use_effective_conv2d")
+    tucker = source.flag("use_effective_conv2d")
     dropouts = {
         "row_dropout": source.number("rank_dropout", 0.0),
         "module_dropout": source.number("module_dropout", 0.0),
@@ -42,19 +44,20 @@ def read(source: Source) -> Plan:
     ranks = Ranks(source, targets, "alpha")
     init = "lycoris" if start == "lycoris" else "peft"
     settings = {"rank": ranks.rank, "alpha": ranks.alpha, "overrides": ranks.overrides()}
-    method = source.made("lokr", on=source.on, factor=factor, both=both, init=init, **settings, **dropouts)
+    method = source.made(
+        "lokr", on=source.on, factor=factor, both=both, init=init, tucker=tucker, **settings, **dropouts
+    )
     for path in targets:
         weight, (rank, alpha) = source.weight(path, *LAYERS, any_convolution=True), ranks.meant[path]
-        if source.has(f"{path}.lokr_t2"):
-            refuse(source.file, f"use_effective_conv2d: {path} has a core tensor, and LoKr here has matrices only")
         factors = {}
-        for name, shape in shapes(weight, rank, factor, both).items():
-            value = source.tensor(f"{path}.lokr_{name}").flatten(1)
+        for name, shape in shapes(weight, rank, factor, both, tucker).items():
+            value = source.tensor(f"{path}.lokr_{name}").flatten(len(shape) - 1)
             if tuple(value.shape) != shape:
                 wanted = f"{list(value.shape)}, where {source.file.name} says {list(shape)}"
                 refuse(source.weights, f"{path}.lokr_{name} has shape {wanted}")
             factors[name] = value
-        source.place(path, "weight", Kronecker(**factors, scale=alpha / rank, **dropouts))
+        kind = TuckerKronecker if "t2" in factors else Kronecker
+        source.place(path, "weight", kind(**factors, scale=alpha / rank, **dropouts))
     return source.plan(method)
 
 
@@ -64,23 +67,29 @@ def write(draft: Draft) -> dict[str, Any]:
         draft.layer(part, *LAYERS, any_convolution=True): part for part in draft.parts if isinstance(part, Kronecker)
     }
     both = any(part.w1_a is not None for part in parts.values())
+    cores = [isinstance(part, TuckerKronecker) for path, part in parts.items() if _spread(draft, path, part)]
+    tucker = draft.one("tucker", cores or [False])
     wishes = [getattr(draft.method, "factor", -1), -1]
     wishes += [side for part in parts.values() for side in part.factors()[0].shape]
     found: dict[str, int] = {}
     for factor in dict.fromkeys(wishes):
-        found = {path: _rank(draft, path, part, factor, both) for path, part in parts.items()}
+        found = {path: _rank(draft, path, part, factor, both, tucker) for path, part in parts.items()}
         if all(found.values()):
             break
     else:
         path = next(path for path, rank in found.items() if not rank)
         raise draft.refuse(f"the factors of {path}", "PEFT splits the sides otherwise")
     for path, part in parts.items():
-        layer = draft.model.get_submodule(path)
+        layer: Any = draft.model.get_submodule(path)
         for name in FACTORS:
-            value = part._parameters[name]
-            if value is not None:
-                spread = not isinstance(layer, nn.Linear) and name == "w2"
-                draft.put(f"{path}.lokr_{name}", value.unflatten(1, (-1, *layer.kernel_size)) if spread else value)  # type: ignore[operator, misc]
+            value = part._parameters.get(name)
+            if value is None:
+                continue
+            if name == "w2" and not isinstance(layer, nn.Linear):
+                value = value.unflatten(1, (-1, *layer.kernel_size))
+            elif name == "t2":
+                value = value.unflatten(2, (*layer.kernel_size, 1)[:2])
+            draft.put(f"{path}.lokr_{name}", value)
     alphas = {path: number(part.scale * found[path]) for path, part in parts.items()}
     (rank, own_ranks), (alpha, own_alphas) = patterns(found), patterns(alphas)
     return draft.config(
@@ -94,18 +103,24 @@ def write(draft: Draft) -> dict[str, Any]:
         rank_dropout=draft.one("row_dropout", (part.row_dropout for part in parts.values())),
         rank_dropout_scale=draft.one("rescale", (part.rescale for part in parts.values())),
         module_dropout=draft.one("module_dropout", (part.module_dropout for part in parts.values())),
-        use_effective_conv2d=False,
+        use_effective_conv2d=tucker,
         init_weights="lycoris" if getattr(draft.method, "init", "") == "lycoris" else True,
         target_modules=named(draft.model, list(parts)),
         modules_to_save=draft.saved(),
     )
 
 
-def _rank(draft: Draft, path: str, part: Kronecker, factor: int, both: bool) -> int:
+def _spread(draft: Draft, path: str, part: Kronecker) -> bool:
+    """Whether PEFT would give the second factor a core if it gave any."""
+    layer: Any = draft.model.get_submodule(path)
+    return part.w2_a is not None and isinstance(layer, CONVOLUTIONS) and prod(layer.kernel_size) > 1
+
+
+def _rank(draft: Draft, path: str, part: Kronecker, factor: int, both: bool, tucker: bool) -> int:
     """A rank with which PEFT makes matrices of these shapes for this layer, 0 if there is none."""
     held = {name: tuple(value.shape) for name, value in part.named_parameters()}
     thin = [shape[0] for name, shape in held.items() if name.endswith("b")]
     own = getattr(draft.method.at(path), "rank", None)
     tries = [thin[0]] if thin else [own or 1, max(max(shape) for shape in held.values())]
     weight = Weight(draft.model.get_submodule(path), path=path)
-    return next((rank for rank in tries if shapes(weight, rank, factor, both) == held), 0)
+    return next((rank for rank in tries if shapes(weight, rank, factor, both, tucker) == held), 0)

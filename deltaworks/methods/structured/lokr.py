@@ -3,16 +3,19 @@
 dW = s kron(W1, W2),  out = o1 o2 and in = i1 i2 split by `factor`;  W1: o1 x i1 full (low-rank too with `both`),
 W2: o2 x i2 low-rank while r < max(o2, i2) / 2, else full;  s = alpha / r. W1 = 0 and W2 Kaiming uniform (a = sqrt 5) as
 in `peft`; `init="lycoris"` turns that around and, as that library, takes s = 1 when both factors are full.
+With `tucker` a convolution's low-rank W2 has a core, t2: r x r x kernel (Kaiming), so that its factors, r x o2 and
+r x i2, have the channels alone.
 Use it for the smallest useful files: a thousand values for a 768 x 768 layer.
 """
 
-from math import prod
+from math import prod, sqrt
 
 from ...core import fields
-from ...core.init import kaiming, zeros
+from ...core.init import kaiming, uniform, zeros
 from ...core.method import WeightMethod
 from ...core.operators.kronecker import Kronecker
 from ...core.operators.row_dropout import tell
+from ...core.operators.tucker_kronecker import TuckerKronecker
 from ...core.registry import method
 from ...model.weights import CONVOLUTIONS, Weight
 
@@ -29,6 +32,7 @@ class LoKr(WeightMethod):
     row_dropout: float = fields.fraction(0.0, "probability of dropping each row of the change; linear layers only")
     module_dropout: float = fields.fraction(0.0, "probability of dropping a layer's whole change; linear layers only")
     rescale: bool = fields.flag(False, "divide the rows that stay by their share")
+    tucker: bool = fields.flag(False, "a core for convolutions whose kernel is more than a point")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,28 +46,37 @@ class LoKr(WeightMethod):
         lycoris = self.init == "lycoris"
         scale = 1.0 if lycoris and made.keys() == {"w1", "w2"} else self.alpha / self.rank
         nothing = ("w2", "w2_b") if lycoris else ("w1", "w1_a")
-        factors = {name: (zeros if name in nothing else kaiming)(*shape) for name, shape in made.items()}
+        factors = {
+            name: (zeros if name in nothing else kaiming)(*shape) for name, shape in made.items() if name != "t2"
+        }
         dropouts = {"row_dropout": self.row_dropout, "module_dropout": self.module_dropout, "rescale": self.rescale}
-        return Kronecker(**factors, scale=scale, **dropouts)
+        if "t2" not in made:
+            return Kronecker(**factors, scale=scale, **dropouts)
+        factors["t2"] = uniform(*made["t2"], bound=1 / sqrt(prod(made["t2"][1:])))
+        return TuckerKronecker(**factors, scale=scale, **dropouts)
 
-    def _shapes(self, weight: Weight) -> dict[str, tuple[int, int]]:
-        return shapes(weight, self.rank, self.factor, self.both)
+    def _shapes(self, weight: Weight) -> dict[str, tuple[int, ...]]:
+        return shapes(weight, self.rank, self.factor, self.both, self.tucker)
 
     def count(self, weight: Weight) -> int:
-        return sum(o * i for o, i in self._shapes(weight).values())
+        return sum(prod(shape) for shape in self._shapes(weight).values())
 
 
-def shapes(weight: Weight, rank: int, factor: int, both: bool) -> dict[str, tuple[int, int]]:
-    """The matrices for a weight, by name; of a convolution the channels are split, and the kernel goes to W2."""
+def shapes(weight: Weight, rank: int, factor: int, both: bool, tucker: bool) -> dict[str, tuple[int, ...]]:
+    """The tensors for a weight, by name; of a convolution the channels are split, and the kernel goes to W2."""
     channels, kernel = weight.fan_in, 1
     if isinstance(weight.layer, CONVOLUTIONS):
         kernel = prod(weight.layer.kernel_size)
         channels //= kernel
     (o1, o2), (i1, i2) = split(weight.fan_out, factor), split(channels, factor)
-    found = {"w1_a": (o1, rank), "w1_b": (rank, i1)} if both and rank < max(o1, i1) / 2 else {"w1": (o1, i1)}
-    if rank < max(o2, i2) / 2:
-        return found | {"w2_a": (o2, rank), "w2_b": (rank, i2 * kernel)}
-    return found | {"w2": (o2, i2 * kernel)}
+    found: dict[str, tuple[int, ...]] = {"w1": (o1, i1)}
+    if both and rank < max(o1, i1) / 2:
+        found = {"w1_a": (o1, rank), "w1_b": (rank, i1)}
+    if rank >= max(o2, i2) / 2:
+        return found | {"w2": (o2, i2 * kernel)}
+    if tucker and kernel > 1:
+        return found | {"w2_a": (rank, o2), "w2_b": (rank, i2), "t2": (rank, rank, kernel)}
+    return found | {"w2_a": (o2, rank), "w2_b": (rank, i2 * kernel)}
 
 
 def split(size: int, factor: int) -> tuple[int, int]:
