@@ -170,6 +170,10 @@ def parse(cls: type, settings: dict[str, Any]) -> dict[str, Any]:
         parsed[name] = _value(value) if isinstance(value, str) and name != "on" else value
         if name == "on" and isinstance(value, str):
             parsed[name] = _value(value) if value.startswith("[") else value
+        check = known[name].metadata.get("check")
+        # For some, `none` is the word for one of their kinds.
+        if parsed[name] is None and check and check(None) is not None and check(value) is None:
+            parsed[name] = value
     return parsed
 
 

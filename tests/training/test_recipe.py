@@ -31,6 +31,9 @@ def test_typed_settings_become_values_and_the_bare_key_on_stays_a_word(tmp_path:
     file = tmp_path / "recipe.yaml"
     file.write_text("settings: {on: mlp, rank: 4}\n")  # YAML 1.1 reads this key as true
     assert Recipe.read(file, settings={"rank": "16"}).complete().settings == {"on": "mlp", "rank": 16}
+    terms = Recipe.of({"method": "glora", "settings": {"a": "vector", "b": "none"}}).settings
+    assert terms == {"a": "vector", "b": "none"}, "where `none` is a word for something, it stays one"
+    assert Recipe.of({"method": "switchlora", "settings": {"rank": "none"}}).settings["rank"] is None
 
 
 def test_the_learning_rate_is_the_methods_own() -> None:
