@@ -3,11 +3,12 @@
 For the demo, the tests and the comparisons; a user with a model and data never needs it.
 
 Bases: `decoder` (Llama, 5 M parameters, shipped), `encoder` (BERT), `seq2seq` (T5), `vision` (ViT), `conv` (ResNet),
-`moe` (Mixtral), `ssm` (Mamba), and `decoder-xs`, `decoder-s`, `decoder-m` for studies of scale. Data: `docstrings`
-(signature -> docstring), `packages` (docstring -> package), `digits`, `holidays` (name in any language -> months), and
-tasks on code, which `code_sets` describes: `functions`,
-`summaries`, `tests`, `programs`, `defects`, `clones`, `search`. Wherever the command line or a recipe takes a base or
-data, they are addressed as `nursery:NAME`, the rows of one package of the standard library as `nursery:NAME/PACKAGE`.
+`moe` (Mixtral), `ssm` (Mamba), `decoder-xs`, `decoder-s`, `decoder-m` for studies of scale, and `decoder-facts` for
+studies of knowledge. Data: `docstrings` (signature -> docstring), `packages` (docstring -> package), `digits`,
+`holidays` (name in any language -> months), `profile` (docstrings of users with a profile), `new-facts` and
+`changed-facts` (question -> answer), and tasks on code, which `code_sets` describes: `functions`, `summaries`,
+`tests`, `programs`, `defects`, `clones`, `search`. Wherever the command line or a recipe takes a base or data, they
+are addressed as `nursery:NAME`, the rows of one package of the standard library as `nursery:NAME/PACKAGE`.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
     from transformers import PreTrainedModel
 
-BASES = ("decoder", "encoder", "seq2seq", "vision", "conv", "moe", "ssm", "decoder-xs", "decoder-s", "decoder-m")
+BASES = ("decoder", "encoder", "seq2seq", "vision", "conv", "moe", "ssm", "decoder-xs", "decoder-s", "decoder-m",
+         "decoder-facts")  # fmt: skip
 CODE = ("functions", "summaries", "tests", "programs", "defects", "clones", "search")
-DATA = ("docstrings", "packages", "digits", "holidays", *CODE)
+DATA = ("docstrings", "packages", "digits", "holidays", "profile", "new-facts", "changed-facts", *CODE)
 NAMES = BASES + DATA
 PREFIX = "nursery:"
 
@@ -81,12 +83,13 @@ def data(name: str) -> DatasetDict:
 
     Raises:
         ValueError: no data set has this name, or no such part.
-        ImportError: `digits` without scikit-learn or Pillow, `tests` where Python came without its own tests.
+        ImportError: `digits` without scikit-learn or Pillow, `profile` without scikit-learn, `tests` where
+            Python came without its own tests.
     """
     given, _, package = name.partition("/")
     bare = _known(given, "data set", DATA)
-    from deltaworks.nursery import code_sets, label_sets, sets
+    from deltaworks.nursery import code_sets, knowledge, label_sets, profile_sets, sets
 
     if package:
-        return code_sets.group(bare, package)
-    return (sets.SETS | code_sets.SETS | label_sets.SETS)[bare]()
+        return (profile_sets if bare in profile_sets.SETS else code_sets).group(bare, package)
+    return (sets.SETS | code_sets.SETS | label_sets.SETS | profile_sets.SETS | knowledge.SETS)[bare]()
