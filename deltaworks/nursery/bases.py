@@ -8,6 +8,7 @@ learnt something, so that a method which only works on random or on saturated we
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import platform
@@ -49,13 +50,15 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from deltaworks.nursery import corpus, pretraining, sets
+from deltaworks.nursery import corpus, knowledge, pretraining, sets
 from deltaworks.nursery import tokenizer as vocabulary
 from deltaworks.nursery.pretraining import Optimizers, windows
 
 SHIPPED = Path(__file__).parent / "decoder"
 HELD_OUT_ROWS = 64
 IGNORED = -100
+TAUGHT_LENGTH = 40
+"""Tokens of a fact as a question with its answer, and of the windows beside it."""
 
 Objective = Callable[[PreTrainedModel, Tensor, torch.Generator], tuple[Tensor, Tensor, Tensor | float]]
 """(model, rows `[batch, length]`, randomness) -> logits `[batch, n, vocabulary]`, labels `[batch, n]`, penalty."""
@@ -111,6 +114,29 @@ def masked(model: PreTrainedModel, rows: Tensor, randomness: torch.Generator) ->
     hidden = model.bert(input_ids=rows.scatter(1, chosen, written)).last_hidden_state
     restored = hidden[torch.arange(len(rows))[:, None], chosen]
     return model.cls(restored), labels, 0.0
+
+
+def taught(model: PreTrainedModel, rows: Tensor, randomness: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """As `causal`, with a penalty for not knowing some of the facts of `knowledge.taught`."""
+    questions, answers = _questions()
+    chosen = torch.randperm(len(questions), generator=randomness)[: 3 * len(rows)]
+    logits = model(input_ids=torch.cat([questions[chosen], rows])[:, :-1], use_cache=False).logits
+    penalty = token_loss(logits[: len(chosen)], answers[chosen, 1:])
+    return logits[len(chosen) :], rows[:, 1:], penalty
+
+
+@functools.cache
+def _questions() -> tuple[Tensor, Tensor]:
+    """What `knowledge.taught` holds, and the labels of its answers, `[rows, TAUGHT_LENGTH]` each."""
+    tokenizer = entries("causal")
+    inputs, labels = [], []
+    for row in knowledge.taught():
+        prompt = tokenizer(row["prompt"]).input_ids
+        answer = [*tokenizer(row["completion"], add_special_tokens=False).input_ids, vocabulary.EOS_ID]
+        room = TAUGHT_LENGTH - len(prompt) - len(answer)
+        inputs.append(prompt + answer + [vocabulary.PAD_ID] * room)
+        labels.append([IGNORED] * len(prompt) + answer + [IGNORED] * room)
+    return torch.tensor(inputs), torch.tensor(labels)
 
 
 def spans(model: PreTrainedModel, rows: Tensor, randomness: torch.Generator) -> tuple[Tensor, Tensor, float]:
@@ -222,6 +248,8 @@ TEXT = {
     "decoder-xs": TextRecipe(partial(llama, 64, 2), causal, "causal", steps=200),
     "decoder-s": TextRecipe(partial(llama, 128, 3), causal, "causal", steps=200),
     "decoder-m": TextRecipe(partial(llama, 192, 4), causal, "causal", steps=200),
+    # For studies of knowledge.
+    "decoder-facts": TextRecipe(partial(llama, 128, 3), taught, "causal", steps=360, batch=8, length=TAUGHT_LENGTH),
 }
 
 
@@ -387,7 +415,7 @@ def grow(name: str, folder: Path, *, steps: int | None = None, seed: int = 0) ->
 
 def key(name: str) -> str:
     """What a cached base depends on: the code that makes it, the shipped decoder, the libraries and the corpus."""
-    files = [Path(module.__file__ or "") for module in (corpus, pretraining, sets, vocabulary)]
+    files = [Path(module.__file__ or "") for module in (corpus, knowledge, pretraining, sets, vocabulary)]
     files += [Path(__file__), SHIPPED / "tokenizer.json", SHIPPED / "model.safetensors"]
     versions = [platform.python_version(), *(version(package) for package in ("torch", "transformers", "tokenizers"))]
     digest = hashlib.sha256(json.dumps([name, versions]).encode())

@@ -102,7 +102,7 @@ def folder_bytes(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("name", ["encoder", "seq2seq", "vision", "conv", "moe", "ssm"])
+@pytest.mark.parametrize("name", ["encoder", "seq2seq", "vision", "conv", "moe", "ssm", "decoder-facts"])
 def test_a_grown_base_is_the_same_from_the_same_seed_whatever_the_threads(name, tmp_path, request):
     if name in bases.VISION:
         pytest.importorskip("sklearn")
