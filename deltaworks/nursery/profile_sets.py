@@ -38,10 +38,10 @@ def profile(users: Sequence[str] = USERS) -> DatasetDict:
         ImportError: when scikit-learn is missing.
     """
     rows: dict[str, list[Row]] = {"train": [], "validation": []}
-    known = sets.docstrings()["validation"]
+    known: list[Any] = list(sets.docstrings()["validation"])
     for user in users:
         once: dict[str, Row] = {
-            row["prompt"]: row for row in known  # type: ignore[misc]
+            row["prompt"]: row for row in known
             if row["module"] == user and len(row["prompt"]) <= PROMPT_LENGTH
             and len(row["completion"]) <= COMPLETION_LENGTH
         }  # fmt: skip
