@@ -16,6 +16,7 @@ import pytest
 from deltaworks.study import trial as trials
 from deltaworks.study.engine import Runner
 from deltaworks.study.trial import Trial, code, mark
+from deltaworks.training import Recipe
 
 from .work import recipe
 
@@ -64,6 +65,20 @@ def test_a_method_does_not_grow_old_with_another_page() -> None:
     assert {"deltaworks.core.graft", "deltaworks.core.operators.low_rank", "deltaworks.data.packing"} <= set(reached)
     assert not {"deltaworks.methods.lowrank.dora", "deltaworks.cli.tune", "deltaworks.study.pages"} & set(reached)
     assert code("deltaworks.methods.lowrank.lora") != code("deltaworks.methods.lowrank.dora")
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "inner"),
+    [
+        ("capaboost", {"over": "vera"}, "vera"),
+        ("mezo", {"over": "vera"}, "vera"),
+        ("autopeft", {"methods": {"vera": {}}}, "vera"),
+        ("rosa", {}, "lora"),
+    ],
+)
+def test_a_method_grows_old_with_the_pages_that_it_is_made_of(method: str, settings: dict, inner: str) -> None:
+    pages = trials._pages(Recipe.of({"method": method, "settings": settings}).made())
+    assert {page.rpartition(".")[2] for page in pages} == {method, inner}
 
 
 def test_a_mark_changes_with_the_content_of_small_and_large_files(tmp_path: Path, monkeypatch: Any) -> None:

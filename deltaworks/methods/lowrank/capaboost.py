@@ -12,7 +12,7 @@ from typing import Any
 
 from ...core import fields
 from ...core.init import seed_for
-from ...core.method import WeightMethod
+from ...core.method import Method, WeightMethod
 from ...core.operators.boosted import PATTERNS, Boosted
 from ...core.part import Shared
 from ...core.registry import make, method
@@ -77,3 +77,6 @@ class CapaBoost(WeightMethod):
 
     def count(self, weight: Weight) -> int:
         return self.boosted.count(weight)
+
+    def made_of(self) -> list[Method]:
+        return [self.boosted]

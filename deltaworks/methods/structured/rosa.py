@@ -69,6 +69,9 @@ class RoSA(WeightMethod):
                     detach(model, name)
         return found
 
+    def made_of(self) -> list[Method]:
+        return [make("lora")] if self.warmup else []
+
     def _warm(self, model: nn.Module, parameters: list[nn.Parameter], supply: Iterator[Any]) -> None:
         optimizer = torch.optim.AdamW(parameters, lr=self.warmup_lr, weight_decay=0.0)
         for batch in islice(supply, self.warmup):
