@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...core import fields
 from ...core.attach import attach, detach, merge
 from ...core.init import kaiming, zeros
-from ...core.method import Batches, WeightMethod, weight_at
+from ...core.method import Batches, Method, WeightMethod, weight_at
 from ...core.operators.low_rank_sparse import LowRankSparse
 from ...core.registry import make, method
 from ...model.anatomy import Anatomy, Site
