@@ -15,9 +15,9 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 CONFIG, WEIGHTS = "adapter.json", "adapter.safetensors"
 PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -28,6 +28,7 @@ JSON_LIMIT = 64 << 20
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _EXCHANGE = 2  # renameat2's RENAME_EXCHANGE
 _HERE = -100  # AT_FDCWD
+Name = TypeVar("Name", bound=Hashable)
 
 
 def refuse(file: Path | str, reason: object) -> NoReturn:
@@ -91,11 +92,18 @@ def parse_object(file: Path, text: bytes) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(
-            f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in one object"
-        )
+        raise ValueError(f"the key {twice(name for name, _ in pairs)!r} stands twice in one object")
     return found
+
+
+def twice(names: Iterable[Name]) -> Name | None:
+    """The first name that has stood before; None where all differ. Costs as much as there are names."""
+    seen: set[Name] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -18,7 +18,7 @@ from ..core.method import Method, Placed
 from ..core.part import PARTS, Delta, Module, Part, Shared, Trained, Wrapper
 from ..model.anatomy import Site, describe
 from ..model.weights import Weight
-from .files import CONFIG, WEIGHTS, refuse
+from .files import CONFIG, WEIGHTS, refuse, twice
 from .native import FORMAT, Values, signature, tensor_name
 from .sites import check_fit, find_site
 
@@ -57,10 +57,8 @@ class Reader:
         if not written:
             refuse(self.file, "has no parts")
         placed = [self.placed(item, shared) for item in written]
-        places = [(item.site.path, item.label) for item in placed]
-        if len(set(places)) < len(places):
-            twice = next(place for place in places if places.count(place) > 1)
-            refuse(self.file, f"two parts are called {twice[1]!r} at {twice[0]!r}")
+        if again := twice((item.site.path, item.label) for item in placed):
+            refuse(self.file, f"two parts are called {again[1]!r} at {again[0]!r}")
         if self.left:
             refuse(self.weights, f"holds tensors that no part has: {', '.join(sorted(self.left)[:3])}")
         return Plan(method, placed, shared)
@@ -90,15 +88,19 @@ class Reader:
     def restored(self, value: Any, default: Any) -> Any:
         """A hyper-parameter as the method declares it: module types found in the model, tuples where lists stand."""
         if isinstance(value, dict) and set(value) == {"type"}:
-            classes = {cls for module in self.model.modules() for cls in type(module).__mro__}
-            found = next((cls for cls in classes if f"{cls.__module__}.{cls.__qualname__}" == value["type"]), None)
-            if found is None:
+            if not isinstance(value["type"], str) or value["type"] not in self.types:
                 raise ValueError(f"{type(self.model).__name__} has no module of type {value['type']!r}")
-            return found
+            return self.types[value["type"]]
         if isinstance(value, list):
             restored = [self.restored(item, None) for item in value]
             return tuple(restored) if isinstance(default, tuple) else restored
         return value
+
+    @functools.cached_property
+    def types(self) -> dict[str, type]:
+        """The classes of the model's modules, and those they are made of, by their full names."""
+        classes = {cls for module in self.model.modules() for cls in type(module).__mro__}
+        return {f"{cls.__module__}.{cls.__qualname__}": cls for cls in classes}
 
     def lent(self, key: str, item: Any) -> Shared:
         """A module that several parts borrow from."""

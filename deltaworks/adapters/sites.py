@@ -22,7 +22,7 @@ def find_site(base: Anatomy, path: str, parameter: str | None, part: str | None)
         ValueError: when the model has no such module, parameter or part.
     """
     module = module_at(base.model, path)
-    here = [site for site in base.sites if site.path == path]
+    here = base.by_path.get(path, [])
     exact = next((site for site in here if (site.parameter, site.part) == (parameter, part)), None)
     if exact is not None:
         return exact

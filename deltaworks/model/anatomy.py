@@ -17,6 +17,7 @@ Roles
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -182,6 +183,14 @@ class Anatomy:
         from .select import select
 
         return select(self, on, what, strict=strict)
+
+    @functools.cached_property
+    def by_path(self) -> dict[str, list[Site]]:
+        """The sites of every module that has any, in model order."""
+        found: dict[str, list[Site]] = {}
+        for site in self.sites:
+            found.setdefault(site.path, []).append(site)
+        return found
 
     def roles(self) -> dict[str, int]:
         """Every role there is with the number of its sites."""

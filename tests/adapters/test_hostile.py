@@ -9,7 +9,7 @@ import pickle
 import re
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import deltaworks as dw
+from deltaworks.adapters import files
+from deltaworks.adapters.peft.targets import Targets
+from deltaworks.adapters.reading import Reader
 from tests.adapters.adapted import adapted, assert_same, refused, state
 from tests.families import FAMILIES
 
@@ -254,6 +257,70 @@ def test_a_pattern_made_to_search_for_ever_is_given_up(key: str, tmp_path: Path)
     config = json.loads(file.read_text()) | {key: {pattern: 2} if key == "rank_pattern" else pattern}
     file.write_text(json.dumps(config))
     assert "timed out" in refused(FAMILIES["llama"]()[0], tmp_path)
+
+
+class Counted(str):
+    """A name that counts how often any is compared or hashed."""
+
+    uses = 0
+
+    def __eq__(self, other: object) -> bool:
+        Counted.uses += 1
+        return str.__eq__(self, other)
+
+    def __hash__(self) -> int:
+        Counted.uses += 1
+        return str.__hash__(self)
+
+
+def _uses(check: Callable[[list[str]], Any], number: int) -> int:
+    names = [Counted(f"name{index}") for index in range(number)]
+    Counted.uses = 0
+    check(names)
+    return Counted.uses
+
+
+def _doubled(names: list[str]) -> None:
+    with pytest.raises(ValueError, match="'name0' stands twice"):
+        files._unique([(name, 0) for name in [*reversed(names), names[0]]])
+
+
+NAME_CHECKS: dict[str, Callable[[list[str]], Any]] = {
+    "a key that stands twice": _doubled,
+    "a place that stands twice": lambda names: files.twice((name, "weight") for name in [*reversed(names), names[0]]),
+    "names of target modules": lambda names: Targets(names).chosen(FAMILIES["mlp"]()[0]),
+    "names of other modules": lambda names: Targets("first", names).chosen(FAMILIES["mlp"]()[0]),
+    "names of modules to save": lambda names: Targets("first", modules_to_save=names).chosen(FAMILIES["mlp"]()[0]),
+}
+
+
+@pytest.mark.parametrize("check", NAME_CHECKS)
+def test_twice_the_names_are_twice_the_work(check: str) -> None:
+    few, many = (_uses(NAME_CHECKS[check], number) for number in (500, 1000))
+    assert few <= 8 * 500 and many <= 2.1 * few
+
+
+class CountedModules(nn.Module):
+    """A model that counts how often its modules are gone through."""
+
+    walks = 0
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def modules(self) -> Iterator[nn.Module]:
+        self.walks += 1
+        return super().modules()
+
+
+def test_the_models_modules_are_not_gone_through_for_every_entry(folder: Path, base: nn.Module) -> None:
+    model = CountedModules(base)
+    reader = Reader(model, folder, json.loads((folder / CONFIG).read_text()), {})
+    model.walks = 0
+    kind = {"type": f"{nn.Linear.__module__}.Linear"}
+    assert reader.restored([kind] * 50, None) == [nn.Linear] * 50
+    assert model.walks == 1
 
 
 def test_a_folder_that_is_not_one(tmp_path: Path, base: nn.Module) -> None:

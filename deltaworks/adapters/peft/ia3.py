@@ -14,7 +14,7 @@ from ...model.weights import CONVOLUTIONS, Weight
 from ..reading import Plan
 from .draft import Draft
 from .source import Source, refuse
-from .targets import matches, named
+from .targets import ends_in, matches, named
 
 KIND = "IA3"
 
@@ -30,6 +30,7 @@ def read(source: Source) -> Plan:
     source.flag("fan_in_fan_out")
     source.flag("init_ia3_weights", True)
     targets = source.targets()
+    inputs = inputs if isinstance(inputs, str) else frozenset(name for name in inputs if isinstance(name, str))
     inner = [path for path in targets if _named(source, path, inputs)]
     # Whole names, so that a layer whose name ends like one of these is not meant.
     method = source.made(
@@ -50,13 +51,13 @@ def read(source: Source) -> Plan:
     return source.plan(method)
 
 
-def _named(source: Source, path: str, names: list[Any] | str) -> bool:
+def _named(source: Source, path: str, names: frozenset[Any] | str) -> bool:
     if isinstance(names, str):
         try:
             return matches(names, path)
         except regex.error as error:
             refuse(source.file, f"feedforward_modules={names!r} is not a regular expression: {error}")
-    return any(isinstance(name, str) and path.endswith(name) for name in names)
+    return ends_in(path, names)
 
 
 def write(draft: Draft) -> dict[str, Any]:

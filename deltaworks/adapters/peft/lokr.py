@@ -85,7 +85,7 @@ def write(draft: Draft) -> dict[str, Any]:
             value = part._parameters.get(name)
             if value is None:
                 continue
-            if name == "w2" and not isinstance(layer, nn.Linear):
+            if name == "w2" and isinstance(layer, CONVOLUTIONS):
                 value = value.unflatten(1, (-1, *layer.kernel_size))
             elif name == "t2":
                 value = value.unflatten(2, (*layer.kernel_size, 1)[:2])

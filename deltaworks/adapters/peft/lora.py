@@ -137,9 +137,10 @@ def _start(
 def _parameters(source: Source, wanted: list[str]) -> list[tuple[str, str, int]]:
     """The parameters that `target_parameters` means: module, name, and how many wrappers stand around its own."""
     found: list[tuple[str, str, int]] = []
+    names = frozenset(wanted)
     for path, module in modules(source.model) if wanted else ():
         own = [name for name, value in module._parameters.items() if value is not None]
-        mine = [name for name in own if ends_with(f"{path}.{name}", wanted)]
+        mine = [name for name in own if ends_with(f"{path}.{name}", names)]
         found += [(path, name, len(mine) - 1 - place) for place, name in enumerate(mine)]
     if wanted and not found:
         refuse(source.file, f"target_parameters={wanted} names no parameter of {type(source.model).__name__}")

@@ -19,7 +19,7 @@ from ...model.weights import Weight
 from ..files import PEFT_CONFIG, PEFT_WEIGHTS, refuse
 from ..reading import Plan
 from ..sites import check_fit, find_site
-from .targets import Targets, adapts, ends_with, modules
+from .targets import Targets, adapts, ends_in, ends_with, modules
 
 ABOUT = (
     "peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode",
@@ -45,6 +45,7 @@ class Source:
         self.placed: list[Placed] = []
         self.kind, self.task = str(config.get("peft_type")), config.get("task_type")
         self.saved = [name for name in self.names("modules_to_save") if isinstance(name, str)]
+        self.endings = frozenset(self.saved)
         if len(self.tensors) < len(tensors):
             refuse(self.weights, "names a tensor twice, with and without its prefix")
 
@@ -116,7 +117,7 @@ class Source:
         if given is None:
             names = {name.rpartition(".")[0] for name in self.tensors}
             owners = (names | {name.rpartition(".")[0] for name in names}) - {""}
-            chosen = [path for path, _ in modules(self.model) if path in owners and not ends_with(path, self.saved)]
+            chosen = [path for path, _ in modules(self.model) if path in owners and not ends_with(path, self.endings)]
         if given and not chosen:
             refuse(self.file, f"target_modules={str(given)[:60]!r} names no module of {type(self.model).__name__}")
         return chosen
@@ -179,14 +180,14 @@ class Source:
         for path, module in modules(self.model) if mode != "none" else ():
             if module._parameters.get("bias") is None or (mode == only and path not in targets):
                 continue
-            if any(name and path.endswith(name) for name in self.saved):
+            if ends_in(path, self.endings):
                 continue  # saved as a whole, below
             inner = f"{path}.base_layer.bias"
             self.trained(path, "bias", self.tensor(inner if self.has(inner) else f"{path}.bias"))
 
     def _saved_modules(self) -> None:
         for path, module in modules(self.model) if self.saved else ():
-            if not any(name and path.endswith(name) for name in self.saved):
+            if not ends_in(path, self.endings):
                 continue
             for name, value in module.state_dict().items():
                 if "deltaworks" in name.split("."):
@@ -212,10 +213,11 @@ class Source:
 
     def _saved_embeddings(self) -> None:
         """Embeddings that PEFT has saved beside the adapter, because they were adapted or resized."""
+        at = dict(modules(self.model))
         for name in [name for name in self.tensors if regex.fullmatch(r"(.+?)(\.base_layer)?\.(weight|bias)", name)]:
             owner, _, own = name.rpartition(".")
             path = owner.removesuffix(".base_layer")
-            module = dict(modules(self.model)).get(path)
+            module = at.get(path)
             stored = module._parameters.get(own) if module is not None else None
             embeddings = [getattr(self.model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
             if stored is None or module not in embeddings:

@@ -6,8 +6,9 @@ whole name, "all-linear" is every linear layer but the one that makes the logits
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,14 +45,30 @@ class Targets:
             return False
         if isinstance(self.target_modules, str):
             return matches(self.target_modules, path)
-        return ends_with(path, self.target_modules) and self._in_layers(path)
+        return ends_with(path, self._wanted) and self._in_layers(path)
 
     def _excluded(self, path: str) -> bool:
-        if any(matches(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save):
+        plain, patterns = self._saved
+        if not plain.isdisjoint(path.split(".")) or any(matches(pattern, path) for pattern in patterns):
             return True
         if isinstance(self.exclude_modules, str):
             return matches(self.exclude_modules, path)
-        return ends_with(path, self.exclude_modules or [])
+        return ends_with(path, self._unwanted)
+
+    @functools.cached_property
+    def _wanted(self) -> frozenset[str]:
+        return frozenset(self.target_modules or ())
+
+    @functools.cached_property
+    def _unwanted(self) -> frozenset[str]:
+        return frozenset(self.exclude_modules or ())
+
+    @functools.cached_property
+    def _saved(self) -> tuple[frozenset[str], list[str]]:
+        """Modules to save that are plain names, and what PEFT makes of the others, which are expressions."""
+        plain = frozenset(name for name in self.modules_to_save if regex.fullmatch(r"\w+", name))
+        others = [name for name in dict.fromkeys(self.modules_to_save) if name not in plain]
+        return plain, [rf"(^|.*\.){name}($|\..*)" for name in others]
 
     def _in_layers(self, path: str) -> bool:
         wanted = self.layers_to_transform
@@ -65,9 +82,18 @@ class Targets:
         return found is not None and int(found["index"]) in ([wanted] if isinstance(wanted, int) else wanted)
 
 
-def ends_with(path: str, names: Iterable[str]) -> bool:
-    """Whether a dotted name is one of `names` or ends with one."""
-    return any(path == name or path.endswith(f".{name}") for name in names)
+def ends_with(path: str, names: Set[str]) -> bool:
+    """Whether a dotted name is one of `names` or ends with one, however many there are."""
+    while path:
+        if path in names:
+            return True
+        path = path.partition(".")[2]
+    return False
+
+
+def ends_in(path: str, names: Set[str]) -> bool:
+    """Whether a text ends with one of `names`, which need not begin where a name begins."""
+    return any(path[start:] in names for start in range(len(path)))
 
 
 def modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
@@ -100,9 +126,9 @@ def _linear(model: nn.Module) -> list[str]:
 
 def named(model: nn.Module, paths: Sequence[str]) -> list[str]:
     """What `target_modules` holds for these modules: last names where they mean exactly these, whole ones if not."""
-    last = sorted({path.rpartition(".")[2] for path in paths})
+    last = {path.rpartition(".")[2] for path in paths}
     meant = {path for path, _ in modules(model) if path and ends_with(path, last)}
-    return last if meant == set(paths) else list(paths)
+    return sorted(last) if meant == set(paths) else list(paths)
 
 
 def pattern_for(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
