@@ -12,7 +12,7 @@ from typing import Any
 from ..core.registry import find, make
 from .compare import read
 from .spec import FULL
-from .summary import Summary, short, summarise
+from .summary import Summary, is_full, short, summarise
 from .trial import BASE
 
 BUILT_IN = "nursery.json"
@@ -141,7 +141,7 @@ def candidates(cells: Sequence[Summary]) -> list[Candidate]:
         if len(ours) < len(cells):
             continue
         shares = [_share(cell, one) for cell, one in ours]
-        full = [(one, other) for cell, one in ours for other in cell["methods"] if other["slug"] == FULL]
+        full = [(one, other) for cell, one in ours for other in cell["methods"] if is_full(other)]
         first = ours[0][1]
         found.append(
             Candidate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .compare import Comparison
+from .spec import FULL
 from .statistics import LOWER, bootstrap, pareto, win_rates
 from .trial import BASE, CONTEXT
 
@@ -201,6 +203,11 @@ def cost_text(method: Summary, cost: str) -> str:
     return short(method[cost], UNITS.get(cost, ""))
 
 
+def is_full(method: Summary) -> bool:
+    """Whether a method is full fine-tuning of everything, not of some modules that its `on` names."""
+    return method["slug"] == FULL and json.loads(method["settings"]).get("on", "everything") == "everything"
+
+
 def best(cell: Summary, keep: Callable[[Summary], bool] = lambda method: True) -> Summary | None:
     """The best finished method of a cell among some."""
     return next((one for one in cell["methods"] if one["mean"] is not None and keep(one)), None)
@@ -225,9 +232,9 @@ def sentences(cell: Summary) -> list[str]:
     for name, what in (
         (BASE, "The base untouched"),
         (CONTEXT, "The base with examples in its prompt"),
-        ("full", "Full fine-tuning"),
+        (FULL, "Full fine-tuning"),
     ):
-        one = best(cell, lambda method, name=name: method["slug"] == name)
+        one = best(cell, lambda method, name=name: method["slug"] == name if name != FULL else is_full(method))
         if one is not None and one is not (trained[0] if trained else None):
             said.append(f"{what}: {interval(one)}.")
     forgot = [one for one in trained if one["forgetting"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from typing import Any
 
@@ -15,7 +16,7 @@ from deltaworks.study import scores, sizes
 from deltaworks.study.flops import Flops
 from deltaworks.study.rates import Rates
 from deltaworks.study.statistics import bootstrap, pareto, win_rate, win_rates
-from deltaworks.study.summary import short
+from deltaworks.study.summary import is_full, sentences, short
 from tests.training.conftest import prepared_base
 
 
@@ -178,3 +179,19 @@ def test_numbers_for_people() -> None:
     assert [short(value) for value in (None, 215040, 3.2e9, 0)] == ["-", "215 k", "3.2 G", "0"]
     assert [short(value, "bytes") for value in (640, 2048, 3 << 30)] == ["640 B", "2 KiB", "3 GiB"]
     assert [short(value, "s") for value in (0.0479, 2)] == ["47.9 ms", "2 s"]
+
+
+def test_tuning_a_part_in_full_is_not_full_fine_tuning():
+    def method(name, mean, on):
+        settings = json.dumps({"on": on} if on else {})
+        return {
+            "name": name, "slug": "full", "kind": "tune", "mean": mean, "low": mean, "high": mean, "runs": 1,
+            "failed": 0, "settings": settings, "forgetting": None, "trainable": 10,
+        }  # fmt: skip
+
+    lora = method("lora", 0.9, None) | {"slug": "lora"}
+    parts = [method("embeddings", 0.8, "embedding"), method("all of it", 0.7, "everything")]
+    cell = {"metric": "accuracy", "methods": [lora, *parts], "fronts": {"trainable": ["lora"]}}
+    said = sentences(cell)
+    assert "Full fine-tuning: 0.7." in said
+    assert [is_full(one) for one in cell["methods"]] == [False, False, True]
