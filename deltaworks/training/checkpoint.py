@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..adapters.files import CONFIG
+from ..adapters.native import tensor_name
 from ..core.part import Trained
 from ..core.tuned import Tuned
 
@@ -120,7 +122,7 @@ def read_adapter(tuned: Tuned, folder: Path) -> None:
     Raises:
         ValueError: when the file's tensors are not this adapter's.
     """
-    places = _places(tuned)
+    places = _places(tuned, exported=is_exported(folder))
     path = folder / TENSORS
     try:
         file = safe_open(path, framework="pt")
@@ -138,13 +140,24 @@ def read_adapter(tuned: Tuned, folder: Path) -> None:
 def fits(tuned: Tuned, folder: Path) -> bool:
     """Whether a checkpoint has the adapter's tensors, of any sizes: not so when a rule has exchanged parts since."""
     with safe_open(folder / TENSORS, framework="pt") as file:
-        return set(file.keys()) == set(_places(tuned))
+        return set(file.keys()) == set(_places(tuned, exported=is_exported(folder)))
 
 
-def _places(tuned: Tuned) -> dict[str, tuple[nn.Module, str]]:
-    """For every tensor that a file keeps, the module that holds it, and its name there."""
+def is_exported(folder: Path) -> bool:
+    """Whether a folder holds an adapter as `dw.save` writes it, instead of a run's state."""
+    return (folder / CONFIG).is_file()
+
+
+def _places(tuned: Tuned, *, exported: bool = False) -> dict[str, tuple[nn.Module, str]]:
+    """For every tensor that a file keeps, the module that holds it, and its name there.
+
+    A checkpoint's names are those of `Tuned.tensors`; an `exported` adapter has its own, and only what parts borrow of
+    what they share.
+    """
     places: dict[str, tuple[nn.Module, str]] = {}
-    for name, part in tuned.named_parts():
+    adapter, lent = tuned.state.adapters[tuned.name], set[str]()
+    for (path, label), (name, part) in zip(adapter.places, tuned.named_parts(), strict=True):
+        lent |= set(part.borrowed)
         if isinstance(part, Trained):
             parameter = part.site.parameter or "weight"
             full = f"{part.site.path}.{parameter}".lstrip(".")
@@ -152,11 +165,12 @@ def _places(tuned: Tuned) -> dict[str, tuple[nn.Module, str]]:
         else:
             for inner in part.tensors():
                 owner, _, leaf = inner.rpartition(".")
-                places[f"{name}.{inner}"] = part.get_submodule(owner), leaf
-    for key, module in tuned.state.adapters[tuned.name].shared.items():
-        for inner in module.state_dict():
+                full = tensor_name(path, label, None, inner) if exported else f"{name}.{inner}"
+                places[full] = part.get_submodule(owner), leaf
+    for key, module in adapter.shared.items():
+        for inner in module.state_dict() if key in lent or not exported else ():
             owner, _, leaf = inner.rpartition(".")
-            places[f"shared.{key}.{inner}"] = module.get_submodule(owner), leaf
+            places[f"@{key}.{inner}" if exported else f"shared.{key}.{inner}"] = module.get_submodule(owner), leaf
     return places
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import HubStrategy
 
 from ..core.attach import find_state, tuned
 from ..core.rule import Rules, Run
@@ -84,6 +85,7 @@ class DeltaworksMixin(_Base):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._begun = False
+        self._window = []  # what is left of a run that broke off within an accumulation window
         return super().train(*args, **kwargs)
 
     def begin(self) -> None:
@@ -103,6 +105,11 @@ class DeltaworksMixin(_Base):
         # Everything is read in one place, after the optimizer exists: a rule may have state that refers to it.
         if not (Path(resume_from_checkpoint) / saved.TENSORS).is_file():
             raise ValueError(f"{resume_from_checkpoint} is no checkpoint of an adapter: {saved.TENSORS} is missing")
+        if saved.is_exported(Path(resume_from_checkpoint)):
+            raise ValueError(
+                f"{resume_from_checkpoint} holds the adapter alone (save_only_model=True) and cannot be resumed; "
+                "dw.load takes it up"
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -152,8 +159,18 @@ class DeltaworksMixin(_Base):
         finally:
             self._stepping = False
         if self.accelerator.sync_gradients:
+            self._forget_others()
             self.rules.emit("gradients")
         return loss
+
+    def _forget_others(self) -> None:
+        """Drop the gradients of adapters that act but are not trained here, before they count for the clipping."""
+        handle = self.tuned
+        own = {id(parameter) for parameter in handle.parameters()}
+        for name in handle.state.adapters:
+            for parameter in tuned(handle.model, name).parameters() if name != handle.name else ():
+                if id(parameter) not in own:
+                    parameter.grad = None
 
     def _owned_step(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> Tensor:
         """Collect the window's batches, then let the owner make its step with their loss."""
@@ -222,13 +239,19 @@ class DeltaworksMixin(_Base):
     # Checkpoints
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter, as `dw.save` does; the base is not written."""
+        """Save the adapter, as `dw.save` does; the base is not written. With `push_to_hub` it goes to the Hub, too."""
+        folder = output_dir or self.args.output_dir
+        if folder is not None:
+            self._export(Path(folder))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _export(self, folder: Path) -> None:
         from ..adapters import save
 
-        folder = output_dir or self.args.output_dir
         handle = self.tuned
         with saved.unsharded(handle):
-            if self.args.should_save and folder is not None:
+            if self.args.should_save:
                 save(handle, folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -237,23 +260,34 @@ class DeltaworksMixin(_Base):
         run_folder = Path(self._get_output_dir(trial=trial))
         final = run_folder / f"checkpoint-{step}"
         with saved.replacing(final, main=main, wait=self.accelerator.wait_for_everyone) as folder:
-            saved.write_adapter(self.tuned, folder, main=main)
-            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-            assert optimizer is not None
-            state = saved.optimizer_state(optimizer)
-            if main:
-                torch.save(self.rules.state_dict(), folder / saved.RULES)
-                torch.save(state, folder / saved.OPTIMIZER)
-                torch.save(self.lr_scheduler.state_dict(), folder / saved.SCHEDULER)  # type: ignore[union-attr]
-            self._save_scaler(str(folder))
-            self._save_rng_state(str(folder))
+            if self.args.save_only_model:
+                self._export(folder)
+            else:
+                self._write_run(folder)
             if self.state.best_global_step == step:
                 self.state.best_model_checkpoint = str(final)
             if main:
                 self._keep_callbacks()
                 self.state.save_to_json(str(folder / "trainer_state.json"))
+        if self.args.push_to_hub:
+            if self.args.hub_strategy != HubStrategy.END:
+                self.save_model(_internal_call=True)  # what is pushed is the output folder, without its checkpoints
+            self._push_from_checkpoint(str(final))
         if main:
             saved.rotate(run_folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _write_run(self, folder: Path) -> None:
+        """Write what a run needs to go on; every process must call it."""
+        saved.write_adapter(self.tuned, folder, main=self.args.should_save)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        assert optimizer is not None
+        state = saved.optimizer_state(optimizer)
+        if self.args.should_save:
+            torch.save(self.rules.state_dict(), folder / saved.RULES)
+            torch.save(state, folder / saved.OPTIMIZER)
+            torch.save(self.lr_scheduler.state_dict(), folder / saved.SCHEDULER)  # type: ignore[union-attr]
+        self._save_scaler(str(folder))
+        self._save_rng_state(str(folder))
 
     def _keep_callbacks(self) -> None:
         """Write into the trainer's state what callbacks remember, such as the patience of early stopping."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,10 +124,12 @@ class Watched(dw.LoRA):
         return list(self.given)
 
 
-def made(output: Path, *rules: Rule, dropout: float = 0.0, **arguments: Any) -> tuple[Any, dw.Tuned]:
+def made(
+    output: Path, *rules: Rule, dropout: float = 0.0, method: Any = None, **arguments: Any
+) -> tuple[Any, dw.Tuned]:
     """A trainer of a tiny decoder, and the handle on its adapter."""
     model, _ = FAMILIES["llama"]()
-    tuned = dw.attach(model, Watched(rank=2, dropout=dropout, b_lr_ratio=4.0, given=rules), seed=0)
+    tuned = dw.attach(model, method or Watched(rank=2, dropout=dropout, b_lr_ratio=4.0, given=rules), seed=0)
     chosen = {
         "max_steps": 11, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-2,
         "logging_steps": 1, "save_steps": 3, "report_to": [], "use_cpu": True, "disable_tqdm": True,
@@ -346,6 +349,107 @@ def test_a_checkpoint_keeps_what_callbacks_remember(tmp_path: Path) -> None:
     kept = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["stateful_callbacks"]
     assert kept["EarlyStoppingCallback"]["attributes"]["early_stopping_patience_counter"] == 3
     assert kept["TrainerControl"]["args"]["should_save"]
+
+
+def test_only_the_model_is_an_adapter_that_can_be_loaded_and_nothing_to_resume_from(tmp_path: Path) -> None:
+    trainer, tuned = made(
+        tmp_path, method=dw.LoRA(rank=2, b_lr_ratio=4.0), learning_rate=10.0, max_steps=6, eval_strategy="steps",
+        eval_steps=1, save_steps=1, load_best_model_at_end=True, save_only_model=True,
+    )  # fmt: skip
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert trainer.state.best_global_step < 6
+    assert {path.name for path in best.iterdir()} == {"adapter.json", "adapter.safetensors", "trainer_state.json"}
+    model, _ = FAMILIES["llama"]()
+    assert same(tensors(tuned), tensors(dw.load(model, best))), "the best one came back, and is what the folder holds"
+    again, _ = made(tmp_path)
+    with pytest.raises(ValueError, match="holds the adapter alone .* cannot be resumed; dw.load takes it up"):
+        again.train(resume_from_checkpoint=str(best))
+
+
+def test_an_adapter_whose_parts_borrow_comes_back_from_an_export(tmp_path: Path) -> None:
+    from deltaworks.training.checkpoint import read_adapter
+
+    model, _ = FAMILIES["llama"]()
+    tuned = dw.attach(model, dw.VBLoRA(rank=2, vectors=8, length=8), seed=0)
+    held = tensors(tuned)
+    dw.save(tuned, tmp_path)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.zero_()
+    assert not same(held, tensors(tuned))
+    read_adapter(tuned, tmp_path)
+    assert same(held, tensors(tuned))
+
+
+class Hub:
+    """Stands for the Hub: keeps the names of the files of every folder that is uploaded."""
+
+    def __init__(self) -> None:
+        self.uploads: list[tuple[str, set[str]]] = []
+
+    def upload_folder(self, *, folder_path: str, commit_message: str, run_as_future: bool, **_: Any) -> Any:
+        self.uploads.append((commit_message, {path.name for path in Path(folder_path).iterdir()}))
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done if run_as_future else "url"
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "end"])
+def test_what_is_pushed_is_the_adapter(strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub()
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    known = {"hub_model_id": "me/mine", "push_in_progress": None}
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, **_: self.__dict__.update(known))
+    trainer, _ = made(tmp_path, push_to_hub=True, max_steps=3, hub_strategy=strategy)
+    trainer.train()
+    trainer.save_model()
+    adapter = {"adapter.json", "adapter.safetensors"}
+    assert [message for message, _ in hub.uploads] == {
+        "every_save": ["Training in progress, step 3", "Model save"],
+        "checkpoint": ["Training in progress, step 3", "Training in progress, step 3, checkpoint", "Model save"],
+        "end": ["Model save"],
+    }[strategy]
+    for message, files in hub.uploads:
+        if message.endswith("checkpoint"):
+            assert {"adapter.safetensors", "optimizer.pt", "rules.pt"} <= files
+        else:
+            assert adapter <= files and not {"model.safetensors", "pytorch_model.bin"} & files
+    before = len(hub.uploads)
+    trainer.push_to_hub()
+    assert len(hub.uploads) == before + 1 and adapter <= hub.uploads[-1][1]
+
+
+def test_gradients_of_another_adapter_do_not_count_for_the_clipping(tmp_path: Path) -> None:
+    def trained(beside: bool) -> dict[str, Tensor]:
+        model, _ = FAMILIES["llama"]()
+        if beside:
+            dw.attach(model, dw.LoRA(rank=4), name="other", seed=1)
+        tuned = dw.attach(model, dw.LoRA(rank=2), seed=0)
+        args = TrainingArguments(
+            str(tmp_path), max_steps=3, learning_rate=1e-1, optim="sgd", max_grad_norm=0.01, use_cpu=True,
+            report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=1,
+        )  # fmt: skip
+        trainer = wrap(Trainer)(model, args, train_dataset=DATA)
+        trainer.train()
+        assert not beside or all(p.grad is None for p in dw.tuned(model, "other").parameters())
+        norms.append([entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry])
+        return tensors(tuned)
+
+    norms: list[list[float]] = []
+    alone, accompanied = trained(False), trained(True)  # the other one is at its start, where it changes nothing
+    assert norms[0] == pytest.approx(norms[1]) and len(norms[0]) == 3
+    for name, value in alone.items():
+        torch.testing.assert_close(accompanied[name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_a_run_that_broke_off_leaves_no_batches_to_the_next(tmp_path: Path) -> None:
+    guess = Guess()
+    trainer, _ = made(tmp_path, guess, max_steps=1, save_strategy="no", train_sampling_strategy="sequential")
+    trainer._window.append({"input_ids": ROWS[10:12], "labels": ROWS[10:12]})
+    trainer.train()
+    model, _ = FAMILIES["llama"]()
+    assert guess.losses[0][0] == pytest.approx(model(input_ids=ROWS[:4], labels=ROWS[:4]).loss.item(), rel=1e-5)
 
 
 def test_a_checkpoint_of_another_adapter_is_refused(tmp_path: Path) -> None:
