@@ -59,6 +59,37 @@ class MaskingCollator:
         return self.masked(rows, int(self.epoch))
 
 
+class ChoiceCollator:
+    """Questions with their choices, a sequence each, padded on the right.
+
+    `input_ids`, `attention_mask` and `labels` are sequences x length; `question` says which question of the batch a
+    sequence belongs to, `right` whether it is the right choice. Those of a question follow each other.
+    """
+
+    def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None):
+        self.pad_token_id = pad_token_id
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        multiple = self.pad_to_multiple_of or 1
+        length = -(-max(max(row["lengths"]) for row in rows) // multiple) * multiple
+        count = sum(len(row["lengths"]) for row in rows)
+        ids = torch.full((count, length), self.pad_token_id)
+        labels, mask = torch.full_like(ids, IGNORED), torch.zeros_like(ids)
+        question, right = torch.empty(count, dtype=torch.long), torch.zeros(count, dtype=torch.bool)
+        place = 0
+        for number, row in enumerate(rows):
+            right[place + row["answer"]] = True
+            start = 0
+            for size in row["lengths"]:
+                ids[place, :size] = torch.tensor(row["input_ids"][start : start + size])
+                labels[place, :size] = torch.tensor(row["labels"][start : start + size])
+                mask[place, :size] = 1
+                question[place] = number
+                place, start = place + 1, start + size
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels, "question": question, "right": right}
+
+
 class ImageCollator:
     """Decodes, resizes and normalises: `pixel_values` (batch x channels x height x width) and `labels`.
 

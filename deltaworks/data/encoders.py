@@ -8,7 +8,7 @@ from typing import Any
 from .bad_rows import Unfit
 from .formats import Row
 from .labels import Labels
-from .tokens import IGNORED, Tally, Tokenizer, special_around
+from .tokens import IGNORED, CausalEncoder, Tally, Tokenizer, special_around
 
 Encode = Callable[[Row, Tally], list[dict[str, Any]]]
 
@@ -89,6 +89,32 @@ def seq2seq(tokenizer: Tokenizer, max_length: int | None) -> Encode:
             labels = labels[:max_length]
             tally.cut += 1
         return [example | {"labels": labels}]
+
+    return encode
+
+
+def multiple_choice(tokenizer: Tokenizer, max_length: int | None) -> Encode:
+    """A prompt with each of its choices behind it: sequences end to end, of which only the choices have labels.
+
+    `input_ids` and `labels` are as long as all of them together, `lengths` says how long each is, and `answer` which
+    one is right.
+    """
+    causal = CausalEncoder(tokenizer, max_length)
+
+    def encode(row: Row, tally: Tally) -> list[dict[str, Any]]:
+        one = Tally()
+        parts = [causal({"prompt": row["prompt"], "completion": text}, one) for text in row["choices"]]
+        tally.rows += 1
+        tally.cut += one.cut > 0
+        if one.dropped:
+            raise Unfit("the tokenizer makes no token of a choice")
+        sequences = [example for (example,) in parts]
+        return [{
+            "input_ids": [token for sequence in sequences for token in sequence["input_ids"]],
+            "labels": [label for sequence in sequences for label in sequence["labels"]],
+            "lengths": [len(sequence["input_ids"]) for sequence in sequences],
+            "answer": row["answer"],
+        }]  # fmt: skip
 
     return encode
 

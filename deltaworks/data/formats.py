@@ -6,6 +6,7 @@
 | `chat` | messages: `[{role, content}, ...]`; or prompt and completion as such lists | messages |
 | `sharegpt` | conversations: `[{from, value}, ...]` | messages |
 | `instruction` | instruction, input (may be missing), output (response) | instruction, input, output |
+| `prompt-choices` | prompt, choices (options, candidates), answer (label): the right one's place or text | the same |
 | `prompt-completion` | prompt (question, query), completion (response, answer) | prompt, completion |
 | `source-target` | source, target (input/output, document/summary, article/highlights) | source, target |
 | `tokens-tags` | tokens (words), tags (ner_tags, pos_tags, labels) | tokens, tags |
@@ -165,6 +166,22 @@ def _prompt_completion(row: Row, folder: Path | None) -> Row:
     return {"prompt": _text(row, "prompt", empty=True), "completion": _text(row, "completion")}
 
 
+def _prompt_choices(row: Row, folder: Path | None) -> Row:
+    texts = _list(row, "choices")
+    choices = [_text({f"choices[{i}]": text}, f"choices[{i}]") for i, text in enumerate(texts)]
+    if len(set(choices)) < len(choices):
+        twice = max(choices, key=choices.count)
+        raise Unfit(f"choices has {shown(twice)} more than once; different texts are needed")
+    answer: Any = row.get("answer")
+    if isinstance(answer, str) and answer in choices:
+        answer = choices.index(answer)
+    elif isinstance(answer, str) and answer.strip().isdecimal():  # CSV knows no numbers
+        answer = int(answer)
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise Unfit(f"answer is {shown(answer)}; a place in 0..{len(choices) - 1} or the text of a choice is needed")
+    return {"prompt": _text(row, "prompt", empty=True), "choices": choices, "answer": answer}
+
+
 def _source_target(row: Row, folder: Path | None) -> Row:
     return {"source": _text(row, "source"), "target": _text(row, "target")}
 
@@ -248,6 +265,11 @@ FORMATS: dict[str, Format] = {
             {"instruction": (), "input": ("context",), "output": ("response",)},
             _instruction,
             optional=("input",),
+        ),
+        Format(
+            "prompt-choices",
+            {"prompt": ("question", "query"), "choices": ("options", "candidates"), "answer": ("label",)},
+            _prompt_choices,
         ),
         Format(
             "prompt-completion",

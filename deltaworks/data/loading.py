@@ -271,6 +271,8 @@ def _stored(rows: list[tuple[str, Row]], labels: Labels | None) -> Dataset:
             features[column] = List(kind) if kind == _LABEL["regression"] and isinstance(value, list) else kind
         elif column == "tags":
             features[column] = List(Value("int64"))
+        elif column == "answer":
+            features[column] = Value("int64")
         elif isinstance(value, list) and isinstance(value[0], dict):
             features[column] = List(Json())
         else:

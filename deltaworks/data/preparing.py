@@ -15,7 +15,7 @@ from transformers import (
 
 from . import encoders
 from .bad_rows import BadRow, Gate, Unfit
-from .collate import ImageCollator, MaskingCollator
+from .collate import ChoiceCollator, ImageCollator, MaskingCollator
 from .labels import Labels
 from .loading import Data
 from .packing import PackedCollator, pack, padding_collator
@@ -31,6 +31,7 @@ TASKS: dict[str, tuple[str, ...]] = {
     "token-classification": ("tokens-tags",),
     "seq2seq": ("source-target", "prompt-completion", "instruction"),
     "masked-lm": ("text", "text-label"),
+    "multiple-choice": ("prompt-choices",),
     "image-classification": ("image-label",),
     "preference": ("preference",),
 }
@@ -159,6 +160,9 @@ def prepare(
     elif task == "token-classification":
         encode = encoders.token_classification(tokenizer, max_length)
         collator = DataCollatorForTokenClassification(tokenizer, **pad)
+    elif task == "multiple-choice":
+        encode = encoders.multiple_choice(tokenizer, max_length)
+        collator = ChoiceCollator(pad_id, pad_to_multiple_of)
     elif task == "seq2seq":
         encode = encoders.seq2seq(tokenizer, max_length)
         collator = DataCollatorForSeq2Seq(tokenizer, **pad)

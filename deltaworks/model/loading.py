@@ -24,6 +24,7 @@ TASKS = {
     "seq2seq": "AutoModelForSeq2SeqLM",
     "masked-lm": "AutoModelForMaskedLM",
     "image-classification": "AutoModelForImageClassification",
+    "multiple-choice": "AutoModelForCausalLM",
 }
 QUANTISED = ("int8", "int4", "nf4")
 PACKAGES = {"int8": "torchao", "int4": "torchao", "nf4": "bitsandbytes"}

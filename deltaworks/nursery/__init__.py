@@ -5,10 +5,11 @@ For the demo, the tests and the comparisons; a user with a model and data never 
 Bases: `decoder` (Llama, 5 M parameters, shipped), `encoder` (BERT), `seq2seq` (T5), `vision` (ViT), `conv` (ResNet),
 `moe` (Mixtral), `ssm` (Mamba), `decoder-xs`, `decoder-s`, `decoder-m` for studies of scale, and `decoder-facts` for
 studies of knowledge. Data: `docstrings` (signature -> docstring), `packages` (docstring -> package), `digits`,
-`holidays` (name in any language -> months), `profile` (docstrings of users with a profile), `new-facts` and
-`changed-facts` (question -> answer), and tasks on code, which `code_sets` describes: `functions`, `summaries`,
-`tests`, `programs`, `defects`, `clones`, `search`. Wherever the command line or a recipe takes a base or data, they
-are addressed as `nursery:NAME`, the rows of one package of the standard library as `nursery:NAME/PACKAGE`.
+`choices` (signature -> one of four docstrings), `holidays` (name in any language -> months), `profile` (docstrings of
+users with a profile), `new-facts` and `changed-facts` (question -> answer), and tasks on code, which `code_sets`
+describes: `functions`, `summaries`, `tests`, `programs`, `defects`, `clones`, `search`. Wherever the command line or a
+recipe takes a base or data, they are addressed as `nursery:NAME`, the rows of one package of the standard library as
+`nursery:NAME/PACKAGE`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 BASES = ("decoder", "encoder", "seq2seq", "vision", "conv", "moe", "ssm", "decoder-xs", "decoder-s", "decoder-m",
          "decoder-facts")  # fmt: skip
 CODE = ("functions", "summaries", "tests", "programs", "defects", "clones", "search")
-DATA = ("docstrings", "packages", "digits", "holidays", "profile", "new-facts", "changed-facts", *CODE)
+DATA = ("docstrings", "packages", "digits", "holidays", "choices", "profile", "new-facts", "changed-facts", *CODE)
 NAMES = BASES + DATA
 PREFIX = "nursery:"
 

@@ -1,8 +1,9 @@
-"""Data sets with labels beyond one class a text, built in seconds from what packages bring along."""
+"""Data sets with several labels a text or with choices, built in seconds from what is on the machine."""
 
 from __future__ import annotations
 
 import hashlib
+import random
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,9 +12,12 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
+from deltaworks.nursery import sets
+
 YEARS = range(2018, 2025)
 MONTHS = tuple(date(2000, month, 1).strftime("%B") for month in range(1, 13))
 RULES = ("fixed", "easter", "orthodox easter", "weekday", "other")
+CHOICES = 4
 SURPRISE = ("es", "el", "ka")
 """Languages that no training row is in: Spanish, Greek and Georgian, as in SemEval 2023's task 3."""
 
@@ -123,4 +127,32 @@ def _rule(days: set[date]) -> str:
     return "weekday" if len({day.weekday() for day in days}) == 1 else "other"
 
 
-SETS = {"holidays": holidays}
+def choices() -> DatasetDict:
+    """A function's signature, and the documentation strings of four functions of its module: which is its own?
+
+    Columns: `prompt` as in `sets.docstrings`, `choices`, `answer`, the place of the right one, and `module`. Where a
+    module has too few functions, the others are from the same split.
+    """
+    splits = {}
+    for split, rows in sets.docstrings().items():
+        mates: dict[str, list[str]] = {}
+        for row in rows:
+            mates.setdefault(row["module"], []).append(row["completion"])
+        everything = rows["completion"][:]
+        made = []
+        for row in rows:
+            draw = random.Random(row["prompt"] + row["completion"])
+            near = [text for text in mates[row["module"]] if text != row["completion"]]
+            others = draw.sample(near, min(CHOICES - 1, len(near)))
+            while len(others) < CHOICES - 1:
+                other = draw.choice(everything)
+                if other not in (row["completion"], *others):
+                    others.append(other)
+            answer = draw.randrange(CHOICES)
+            others.insert(answer, row["completion"])
+            made.append({"prompt": row["prompt"], "choices": others, "answer": answer, "module": row["module"]})
+        splits[split] = Dataset.from_list(made)
+    return DatasetDict(splits)
+
+
+SETS = {"holidays": holidays, "choices": choices}

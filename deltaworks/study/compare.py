@@ -190,13 +190,13 @@ class _Comparing:
         return cell.keys.get("task") or self.tasks[cell.name]
 
     def _takes_examples(self, cell: Cell) -> bool:
-        """Whether examples in the prompt may be shown: other tasks than causal-lm have no prompt."""
-        return self._task(cell) in (None, "causal-lm") and not cell.keys.get("packing")
+        """Whether examples in the prompt may be shown: only decoders' tasks have a prompt."""
+        return self._task(cell) in (None, "causal-lm", "multiple-choice") and not cell.keys.get("packing")
 
     def _domain(self, cell: Cell) -> str | None:
         """The text on which forgetting is measured; the nursery's only where the model still predicts text."""
-        known = cell.domain == LIBRARY and self._task(cell) not in (None, "causal-lm", "masked-lm")
-        return None if known else cell.domain
+        predicts = self._task(cell) in (None, "causal-lm", "masked-lm", "multiple-choice")
+        return None if cell.domain == LIBRARY and not predicts else cell.domain
 
     # Learning rates
 

@@ -108,6 +108,7 @@ class Lengths:
         tokens: in a batch on average, padding left out.
         padding: share of a batch that is padding, 0 to 1.
         supervised: share of the other tokens that have a target, 0 to 1.
+        sequences: that an example is at most; more than one for multiple-choice.
     """
 
     longest: int
@@ -115,6 +116,7 @@ class Lengths:
     tokens: float
     padding: float
     supervised: float
+    sequences: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +215,8 @@ def likely_task(place: str, recipe: Recipe) -> str:
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq"
     name = (getattr(config, "architectures", None) or [""])[0]
-    forms = {kind.removeprefix("AutoModel"): task for task, kind in TASKS.items() if task != "regression"}
+    others = ("regression", "multiple-choice")  # which have the classes of other tasks
+    forms = {kind.removeprefix("AutoModel"): task for task, kind in TASKS.items() if task not in others}
     return next((task for form, task in forms.items() if name.endswith(form)), "causal-lm")
 
 
@@ -222,18 +225,23 @@ def likely_task(place: str, recipe: Recipe) -> str:
 
 def _lengths(prepared: Prepared, recipe: Recipe) -> Lengths:
     """Look at the batches of the first epoch, as `tune` would make them."""
-    ids = [len(row) for row in prepared.train["input_ids"]]
+    several = prepared.task == "multiple-choice"
+    ids = prepared.train["lengths"][:] if several else [[len(row)] for row in prepared.train["input_ids"]]
     order = epoch_order(len(ids), recipe.seed, 0)
     size = recipe.batch_size
-    batches = [[ids[row] for row in order[start : start + size]] for start in range(0, len(ids), size)]
+    batches = [
+        [length for row in order[start : start + size] for length in ids[row]] for start in range(0, len(ids), size)
+    ]
     shape = sum(max(batch) * len(batch) for batch in batches)
+    tokens = sum(map(sum, batches))
     targets = [len(row) for row in prepared.train["labels"]] if prepared.task == "seq2seq" else []
     return Lengths(
-        longest=max(ids),
+        longest=max(map(max, ids)),
         longest_target=max(targets) if targets else None,
-        tokens=sum(ids) / len(batches),
-        padding=1 - sum(ids) / shape,
-        supervised=min(1.0, prepared.num_supervised_tokens / sum(ids)),
+        tokens=tokens / len(batches),
+        padding=1 - tokens / shape,
+        supervised=min(1.0, prepared.num_supervised_tokens / tokens),
+        sequences=max(map(len, ids)),
     )
 
 
@@ -244,7 +252,8 @@ def _work(task: str, recipe: Recipe, lengths: Lengths | None, config: Any) -> Wo
         length = limit if recipe.max_length is None else min(recipe.max_length, limit)
         return Work(task=task, batch_size=recipe.batch_size, length=length, packed=recipe.packing)
     return Work(
-        task=task, batch_size=recipe.batch_size, length=lengths.longest, target_length=lengths.longest_target,
+        task=task, batch_size=recipe.batch_size * lengths.sequences, length=lengths.longest,
+        target_length=lengths.longest_target,
         # Prompts have no target; how many tokens of the longest batch have one is what they have on average.
         supervised=lengths.supervised if task == "causal-lm" else 1.0,
         padded=lengths.padding > 0 and not recipe.packing, packed=recipe.packing,

@@ -6,6 +6,7 @@ import dataclasses
 import platform
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def perform(trial: Trial, folder: Path, tell: Progress = lambda event, **figures
     made = metrics["samples"]
     if groups is not None and result.tuned is None:
         adapters.load(opened.model, result.adapter)  # it was finished before this process began
-    by_group = groups.figures(opened, recipe.batch_size) if groups is not None else {}
+    by_group = groups.figures(opened, recipe.batch_size, intervals=True) if groups is not None else {}
     return common | {
         "figures": (metrics["after"] or {}) | scores(made["after"], execute=trial.execute) | by_group,
         "before": (metrics["before"] or {}) | scores(made["before"], execute=trial.execute),
@@ -169,7 +170,7 @@ def _domain(source: str, opened: Opened, recipe: Recipe) -> Prepared:
     Raises:
         ValueError: when the task's model does not predict text.
     """
-    if opened.task not in ("causal-lm", "masked-lm", "seq2seq"):
+    if opened.task not in ("causal-lm", "masked-lm", "seq2seq", "multiple-choice"):
         raise ValueError(
             f"domain={source!r}: forgetting is a language model's loss, which a model for {opened.task} does not have"
         )
@@ -181,8 +182,9 @@ def _domain(source: str, opened: Opened, recipe: Recipe) -> Prepared:
     rows = load(texts, validation=0, limit=DOMAIN_ROWS)
     length = min(recipe.max_length or DOMAIN_TOKENS, DOMAIN_TOKENS)
     whole = dataclasses.replace(rows, train=rows.train.select(range(1)), validation=rows.train, places={})
+    task = "causal-lm" if opened.task == "multiple-choice" else opened.task
     return prepare(
-        whole, opened.task, opened.processor, max_length=length, completion_only=False, seed=0,
+        whole, task, opened.processor, max_length=length, completion_only=False, seed=0,
         mask_probability=recipe.mask,
     )  # fmt: skip
 
@@ -222,35 +224,49 @@ def _with_examples(trial: Trial, recipe: Recipe, opened: Opened) -> Prepared:
         ValueError: for another task than causal-lm, and where not even one example fits.
     """
     prepared, model = opened.prepared, opened.model
-    if opened.task != "causal-lm" or prepared.packed:
+    if opened.task not in ("causal-lm", "multiple-choice") or prepared.packed:
         what = "packed rows" if prepared.packed else opened.task
-        raise ValueError(f"in-context examples go with causal-lm, one example a row; this is {what}")
+        raise ValueError(f"in-context examples go with causal-lm, one example a row, and choices; this is {what}")
     assert prepared.validation is not None
     order = epoch_order(len(prepared.train), recipe.seed, 0)[: trial.context]
-    examples = [list(prepared.train[index]["input_ids"]) for index in order]
+    examples = [_solved(prepared.train[index]) for index in order]
     first = getattr(opened.processor, "bos_token_id", None)
     room = getattr(model.config, "max_position_embeddings", None)
     rows, most = [], 0
     for row in prepared.validation:
-        ids, labels = list(row["input_ids"]), list(row["labels"])  # type: ignore[index, call-overload]
+        parts = list(_sequences(row))  # type: ignore[arg-type]
         shown = list(examples)
-        while shown and room is not None and sum(map(len, shown)) + len(ids) > room:
+        while shown and room is not None and sum(map(len, shown)) + max(len(ids) for ids, _ in parts) > room:
             shown.pop()
         most = max(most, len(shown))
         front = [token for number, one in enumerate(shown) for token in _continued(one, first, number > 0)]
-        rest = _continued(ids, first, bool(shown))
-        targets = labels[len(ids) - len(rest) :]
-        if shown:
-            targets[0] = IGNORED if len(targets) > 1 else targets[0]
-        rows.append({
-            "input_ids": front + rest,
-            "attention_mask": [1] * (len(front) + len(rest)),
-            "labels": [IGNORED] * len(front) + targets,
-        })  # fmt: skip
+        made: dict[str, Any] = {"input_ids": [], "labels": [], "lengths": [], "answer": row.get("answer")}  # type: ignore[attr-defined]
+        for ids, labels in parts:
+            rest = _continued(ids, first, bool(shown))
+            targets = labels[len(ids) - len(rest) :]
+            if shown:
+                targets[0] = IGNORED if len(targets) > 1 else targets[0]
+            made["input_ids"] += front + rest
+            made["labels"] += [IGNORED] * len(front) + targets
+            made["lengths"].append(len(front) + len(rest))
+        rows.append(made | {"attention_mask": [1] * len(made["input_ids"])})
     if not most:
         raise ValueError(f"in-context examples: not one fits beside a row into the {room} tokens that the base reads")
     kept = [{name: value for name, value in row.items() if name in prepared.validation.column_names} for row in rows]
     return dataclasses.replace(prepared, validation=Dataset.from_list(kept))
+
+
+def _sequences(row: dict[str, Any]) -> Iterator[tuple[list[int], list[int]]]:
+    """Tokens and labels of what the model reads of a row: one sequence, or one for each choice."""
+    start = 0
+    for length in row.get("lengths") or [len(row["input_ids"])]:
+        yield list(row["input_ids"][start : start + length]), list(row["labels"][start : start + length])
+        start += length
+
+
+def _solved(row: dict[str, Any]) -> list[int]:
+    """A training row as an example: of choices the prompt with the right one."""
+    return list(_sequences(row))[row.get("answer") or 0][0]
 
 
 def _continued(ids: list[int], first: int | None, inside: bool) -> list[int]:

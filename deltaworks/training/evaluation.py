@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..data import Labels, Prepared
+from .choices import choose
 from .head import head_of, next_token_loss
 
 IGNORED = -100
@@ -31,12 +32,15 @@ def held_out(
 ) -> dict[str, float]:
     """Figures of the held-out data (of `data`, if given).
 
-    Always `loss`, the mean over all targets of all examples. Language models: `perplexity`. Classes: `accuracy`, macro
+    Always `loss`, the mean over all targets of all examples. Language models: `perplexity`. Choices: `accuracy`, and as
+    loss that of the right ones. Classes: `accuracy`, macro
     `f1` and `auc` (not of tags); several classes at once: micro `f1`, `macro_f1`, `auc` and `exact`; tags: also
     `span_f1` where they are B-/I- tags. Numbers: `mae`, `rmse`, `pearson`.
     """
     data = prepared.validation if data is None else data
     assert data is not None
+    if prepared.task == "multiple-choice":
+        return _chosen(model, prepared, batch_size, device, data)
     training = model.training
     model.eval()
     total, count = 0.0, 0
@@ -59,6 +63,25 @@ def held_out(
     if prepared.labels is None:
         return figures | {"perplexity": math.exp(min(figures["loss"], 700.0))}
     return figures | merit(prepared.task, prepared.labels, guesses, truths)
+
+
+def _chosen(
+    model: nn.Module, prepared: Prepared, batch_size: int, device: torch.device | str, data: Dataset
+) -> dict[str, float]:
+    """How often a model chooses right, and the loss of the right choices' tokens."""
+    training = model.training
+    model.eval()
+    total, tokens, hits = 0.0, 0, 0
+    try:
+        with _unseen(device):
+            for batch in batches(data, prepared.collator, batch_size, device):
+                found = choose(model, batch)
+                count = int(found.right[found.sequence].sum())
+                total, tokens = total + float(found.likelihood()) * count, tokens + count
+                hits += int((found.chosen() == found.answers()).sum())
+    finally:
+        model.train(training)
+    return {"loss": total / tokens, "accuracy": hits / len(data)}
 
 
 def _unseen(device: torch.device | str) -> Any:

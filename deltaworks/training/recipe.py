@@ -24,6 +24,7 @@ from ..core.method import Method
 from ..core.registry import find, make
 from ..model.loading import QUANTISED, TASKS
 from . import yaml_file
+from .choices import LOSSES
 
 SCHEDULES = ("linear", "cosine", "constant", "polynomial", "inverse_sqrt")
 OPTIMIZERS = ("adamw", "sgd", "adafactor", "adamw_8bit")
@@ -72,6 +73,9 @@ class Recipe:
     max_length: int | None = fields.whole(512, "longest example, in tokens", low=8, optional=True)
     packing: bool = fields.flag(False, "several examples in one sequence, none of which sees another (causal-lm)")
     completion_only: bool = fields.flag(True, "learn answers, not prompts")
+    choice_loss: str = fields.choice(
+        "t-few", LOSSES, "what is learned of choices: T-Few's three terms, or the right one's likelihood"
+    )
     validation: float | str | None = fields.declared(
         0.1, "what is held out: a share of the data, a file, or the name of a split; 0 for nothing",
         "a share of at least 0 and below 1, a file or a split's name",

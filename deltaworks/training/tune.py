@@ -31,6 +31,7 @@ from ..model.loading import load_base, load_processor, load_tokenizer
 from ..nursery import PREFIX, base_path
 from . import report
 from .checkpoint import latest, step_of
+from .choices import choose
 from .evaluation import batches, held_out, samples
 from .head import head_of, next_token_loss
 from .memory import PeakMemory
@@ -204,7 +205,7 @@ def tune(
         model, arguments, train_dataset=prepared.train, eval_dataset=prepared.validation,
         data_collator=prepared.collator, callbacks=[*prepared.callbacks, _Teller(tell)],
     )  # fmt: skip
-    trainer.prepared = prepared
+    trainer.prepared, trainer.choice_loss = prepared, recipe.choice_loss
     trainer.remove_callback(PrinterCallback)
     start = latest(output / "checkpoints") if resume else None
     if start:
@@ -344,6 +345,7 @@ def _task(data: Data, place: str, recipe: Recipe) -> str:
         "text-label": "regression" if numbers else "sequence-classification",
         "tokens-tags": "token-classification",
         "image-label": "image-classification",
+        "prompt-choices": "multiple-choice",
     }
     if data.format in labelled:
         return labelled[data.format]
@@ -492,6 +494,8 @@ class _Measured(Trainer):
     """A trainer whose held-out figures are ours, that counts tokens, and that keeps no logits it can do without."""
 
     prepared: Prepared
+    choice_loss: str
+    _scaled: Callable[[Any], bool]
     tokens: Tensor | int = 0
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -505,6 +509,11 @@ class _Measured(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        if self.prepared.task == "multiple-choice":
+            loss = choose(model, inputs).loss(self.choice_loss)
+            # A mean over this batch; where the trainer takes it for a share of the window's, it is made one.
+            loss = loss / self.current_gradient_accumulation_steps if self._scaled(num_items_in_batch) else loss
+            return (loss, {}) if return_outputs else loss
         bare = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         head = head_of(bare) if self.prepared.task == "causal-lm" and not return_outputs else None
         if head is None:

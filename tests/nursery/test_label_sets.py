@@ -1,4 +1,4 @@
-"""Data sets with labels beyond one class a text."""
+"""Data sets with several labels a text, and with choices."""
 
 import sys
 
@@ -62,3 +62,18 @@ def test_holidays_without_the_package_name_the_command_that_installs_it(monkeypa
     monkeypatch.setitem(sys.modules, "holidays", None)
     with pytest.raises(ImportError, match=r"pip install 'deltaworks\[studies\]'"):
         nursery.data("holidays")
+
+
+def test_one_of_four_docstrings_is_the_functions_own():
+    documented, choices = nursery.data("docstrings"), nursery.data("choices")
+    for split in ("train", "validation"):
+        assert choices[split]["prompt"][:] == documented[split]["prompt"][:]
+        right = [row["choices"][row["answer"]] for row in choices[split]]
+        assert right == documented[split]["completion"][:]
+        assert all(len(set(row["choices"])) == 4 for row in choices[split])
+    answers = choices["train"]["answer"][:]
+    assert all(0.2 < answers.count(place) / len(answers) < 0.3 for place in range(4)), "no place gives it away"
+    module = {row["completion"]: row["module"] for split in documented.values() for row in split}
+    near = [module[text] == row["module"] for row in choices["train"] for text in row["choices"]]
+    assert sum(near) / len(near) > 0.9, "the others are of the same module where it has enough"
+    assert nursery.data("choices")["validation"][5] == choices["validation"][5]
