@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data import Labels, Prepared
 from .choices import choose
-from .head import head_of, next_token_loss
+from .head import causal_loss
 
 IGNORED = -100
 GENERATIVE = ("causal-lm", "seq2seq")
@@ -91,9 +91,9 @@ def _unseen(device: torch.device | str) -> Any:
 
 def _outcome(model: nn.Module, task: str, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """Loss of a batch, and the logits where figures need them."""
-    head = head_of(model) if task == "causal-lm" else None
-    if head is not None:
-        return next_token_loss(model, head, batch), None
+    loss = causal_loss(model, batch) if task == "causal-lm" else None
+    if loss is not None:
+        return loss, None
     output = model(**batch)
     return output.loss, None if task in (*GENERATIVE, "masked-lm") else output.logits
 

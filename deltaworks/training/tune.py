@@ -33,7 +33,7 @@ from . import report
 from .checkpoint import latest, step_of
 from .choices import choose
 from .evaluation import batches, held_out, samples
-from .head import head_of, next_token_loss
+from .head import causal_loss
 from .memory import PeakMemory
 from .mixin import DeltaworksMixin
 from .recipe import Recipe, differing
@@ -515,10 +515,10 @@ class _Measured(Trainer):
             loss = loss / self.current_gradient_accumulation_steps if self._scaled(num_items_in_batch) else loss
             return (loss, {}) if return_outputs else loss
         bare = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        head = head_of(bare) if self.prepared.task == "causal-lm" and not return_outputs else None
-        if head is None:
+        ours = self.prepared.task == "causal-lm" and not return_outputs
+        loss = causal_loss(bare, inputs, num_items_in_batch, call=model) if ours else None
+        if loss is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = next_token_loss(bare, head, inputs, num_items_in_batch, call=model)
         shared = self.args.average_tokens_across_devices and num_items_in_batch is not None
         return loss * self.accelerator.num_processes if shared else loss
 

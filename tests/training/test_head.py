@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+import transformers as hf
+from torch import nn
+from torch.nn.functional import cross_entropy
 
 import deltaworks as dw
-from deltaworks.training.head import head_of, next_token_loss
+from deltaworks.training import head as module
+from deltaworks.training.head import causal_loss, head_of, next_token_loss, shifts
 from tests.families import FAMILIES
 
 DECODERS = ("llama", "gpt2", "gpt_neox", "opt", "mixtral", "qwen3", "mamba", "phi3", "bloom", "falcon")
@@ -31,8 +35,6 @@ def test_loss_and_gradients_are_those_of_the_model(family: str) -> None:
 
 
 def test_chunks_do_not_matter(monkeypatch) -> None:
-    from deltaworks.training import head as module
-
     model, batch = FAMILIES["llama"]()
     dw.attach(model, dw.LoRA(rank=2), seed=0)
     whole = next_token_loss(model, head_of(model), batch)
@@ -81,3 +83,41 @@ def test_a_batch_without_targets_has_loss_zero() -> None:
     loss = next_token_loss(model, head_of(model), batch)
     loss.backward()
     assert loss.item() == 0 and all(p.grad is None or not p.grad.any() for p in tuned.parameters())
+
+
+def bart_decoder() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    config = hf.BartConfig(
+        vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=48, decoder_ffn_dim=48,
+        encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=64, dropout=0.0,
+    )  # fmt: skip
+    ids = torch.randint(4, 64, (2, 9))
+    labels = ids.clone()
+    labels[0, :4] = -100
+    return hf.BartForCausalLM(config).train(), {"input_ids": ids, "labels": labels}
+
+
+@pytest.mark.parametrize("head", ["frozen", "trained"])
+@pytest.mark.parametrize("items", [None, 40])
+def test_a_decoder_whose_own_loss_does_not_look_ahead_learns_the_next_token_all_the_same(head: str, items) -> None:
+    model, batch = bart_decoder()
+    tuned = dw.attach(model, dw.LoRA(rank=2, on="attention"), also="head" if head == "trained" else None, seed=0)
+    assert (head_of(model) is None) == (head == "trained") and not shifts(model)
+    assert model.training
+    logits, labels = model(input_ids=batch["input_ids"]).logits, batch["labels"]
+    count = int((labels[:, 1:] != -100).sum()) if items is None else items
+    wanted = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / count
+    expected = torch.autograd.grad(wanted, tuned.parameters())
+    loss = causal_loss(model, batch, items)
+    assert loss is not None
+    torch.testing.assert_close(loss, wanted)
+    assert not torch.allclose(loss, model(**batch).loss), "its own compares with what was read"
+    for found, gradient in zip(torch.autograd.grad(loss, tuned.parameters()), expected, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_model_that_looks_ahead_is_asked_where_its_head_trains(family: str) -> None:
+    model, batch = FAMILIES[family]()
+    assert shifts(model) and module._asked(model)
+    assert causal_loss(model, batch) is None
