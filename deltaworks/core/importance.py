@@ -62,8 +62,9 @@ class Importance:
         for name, delta in deltas.items():
             delta.watch = partial(self._hear, name)
 
-    def _hear(self, name: str, change: Tensor, gradient: Tensor) -> None:
-        score = (change * gradient).abs().sum().detach() / math.sqrt(change.numel())
+    def _hear(self, name: str, change: Tensor, gradient: Tensor, entries: int) -> None:
+        wide = torch.promote_types(change.dtype, torch.float32)
+        score = torch.linalg.vector_norm(change * gradient, ord=1, dtype=wide).detach() / math.sqrt(entries)
         self._heard[name] = self._heard[name] + score if name in self._heard else score
 
     def close(self, deltas: Mapping[str, Delta]) -> None:

@@ -102,11 +102,12 @@ class Delta(Part):
         lean: there is a `side` (or `act`) that costs less than building the matrix.
 
     Attributes:
-        watch: hears in every backward pass what the change is and the loss's gradient with respect to it, both
-            `out x in`; set by rules that score whole changes, on deltas that say they can be watched.
+        watch: hears in every backward pass what the change is and the loss's gradient with respect to it, some rows of
+            `out x in` at a time, and how many entries there are in all; set by rules that score whole changes, on
+            deltas that say they can be watched.
     """
 
-    watch: Callable[[Tensor, Tensor], None] | None = None
+    watch: Callable[[Tensor, Tensor, int], None] | None = None
     additive: ClassVar[bool] = True
     lean: ClassVar[bool] = False
     mergeable: ClassVar[bool] = True
@@ -240,11 +241,11 @@ class Shared(nn.Module):
         return {name: getattr(self, name) for name in self.settings}
 
 
-def heard(watch: Callable[[Tensor, Tensor], None] | None, change: Tensor) -> Tensor:
+def heard(watch: Callable[[Tensor, Tensor, int], None] | None, change: Tensor) -> Tensor:
     """A delta's matrix, whose gradient its watch will hear if there is one."""
     if watch is not None and change.requires_grad:
         kept = change.detach()
-        change.register_hook(lambda gradient: watch(kept, gradient))
+        change.register_hook(lambda gradient: watch(kept, gradient, kept.numel()))
     return change
 
 

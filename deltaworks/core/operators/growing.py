@@ -12,6 +12,9 @@ from ..part import heard
 from .low_rank import Factored, _by_weight
 from .triplet import Triplet
 
+CHUNK = 1 << 18
+"""Entries that are heard at a time: they stay in a processor's cache."""
+
 
 class Growing(Factored):
     """`dW = alpha / (n + 1e-5) * P diag(l, reserve) Q`, with `n` the number of active terms; it can be watched.
@@ -80,7 +83,8 @@ class Growing(Factored):
 
 
 class _Observed(torch.autograd.Function):
-    """`y` as it is; in backward the delta's watch hears the change and `g^T x`, both built for that moment only."""
+    """`y` as it is; in backward the delta's watch hears the change and `g^T x`, both built for that moment only, some
+    rows at a time."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, delta: Growing) -> Tensor:
@@ -93,7 +97,10 @@ class _Observed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (x,) = ctx.saved_tensors
-        g = gradients[0].reshape(-1, gradients[0].shape[-1])
         if ctx.delta.watch is not None:
-            ctx.delta.watch(ctx.delta.dense().detach(), g.T @ x.reshape(-1, x.shape[-1]))
+            g, x = gradients[0].reshape(-1, gradients[0].shape[-1]), x.reshape(-1, x.shape[-1])
+            q, p = (factor.detach().to(g.dtype) for factor in ctx.delta.factors())
+            for rows in torch.arange(len(p)).split(max(1, CHUNK // x.shape[1])):
+                some = slice(int(rows[0]), int(rows[-1]) + 1)
+                ctx.delta.watch(p[some] @ q, g[:, some].T @ x, len(p) * x.shape[1])
         return gradients[0], None, None
