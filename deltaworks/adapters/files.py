@@ -11,6 +11,7 @@ import ctypes
 import json
 import math
 import os
+import re
 import shutil
 import stat
 import sys
@@ -18,6 +19,11 @@ import tempfile
 from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: nothing is locked, and leftovers stay
+    fcntl = None
 
 CONFIG, WEIGHTS = "adapter.json", "adapter.safetensors"
 PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -128,7 +134,8 @@ class Replacement:
     Used as a context manager: the block fills `folder`; when it ends without an error the folder becomes `target` in
     one step of the file system, otherwise it disappears. Files in an existing `target` that are not called by one of
     `own` stay. A target that cannot be exchanged, because it is a mount point or somebody stands in it, gets the files
-    one by one, the description last: at no moment does it describe what is not there.
+    one by one, the description last: at no moment does it describe what is not there. What a process that was killed
+    left beside a target goes when the next one writes there; folders of processes that live are locked.
     """
 
     def __init__(self, target: Path | str, own: Iterable[str]) -> None:
@@ -142,7 +149,14 @@ class Replacement:
         self.target.parent.mkdir(parents=True, exist_ok=True)
         self.beside = os.access(self.target.parent, os.W_OK) and not Path.cwd().is_relative_to(self.target)
         place = self.target.parent if self.beside else self.target
-        self.folder = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.", suffix=".new", dir=place))
+        place_lock = _lock(place, wait=True)  # a folder that is not locked yet must not be taken for a leftover
+        try:
+            if place_lock is not None:
+                self._sweep(place)
+            self.folder = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.", suffix=".new", dir=place))
+            self.lock = _lock(self.folder)
+        finally:
+            _unlock(place_lock)
         return self.folder
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -151,6 +165,20 @@ class Replacement:
                 self._commit()
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
+            _unlock(self.lock)
+
+    def _sweep(self, place: Path) -> None:
+        """Remove what killed processes left of this target, and put a target back that one had set aside."""
+        name = re.compile(rf"\.{re.escape(self.target.name)}\.[a-z0-9_]{{8}}\.(new|old)")
+        for left in sorted((item for item in place.iterdir() if name.fullmatch(item.name)), reverse=True):
+            new = left.with_suffix(".new")
+            lock = _lock(new)
+            if lock is None and new.is_dir():
+                continue  # somebody is writing it
+            if left.suffix == ".old" and not os.path.lexists(self.target):
+                os.rename(left, self.target)
+            shutil.rmtree(left, ignore_errors=True)
+            _unlock(lock)
 
     def _commit(self) -> None:
         there = self.target.is_dir()
@@ -166,7 +194,7 @@ class Replacement:
         _flush(self.folder)
         if not there:
             os.rename(self.folder, self.target)
-        elif not _exchange(self.folder, self.target):
+        elif not exchange(self.folder, self.target):
             self._swap()
         _flush(self.target.parent)
 
@@ -206,6 +234,27 @@ class Replacement:
                 _link(str(item), str(new))
 
 
+def _lock(folder: Path, *, wait: bool = False) -> int | None:
+    """Lock a folder until its handle is closed or the process ends; None where that cannot be or somebody has it."""
+    if fcntl is None:
+        return None
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _unlock(handle: int | None) -> None:
+    if handle is not None:
+        os.close(handle)
+
+
 def _link(source: str, target: str) -> str:
     try:
         os.link(source, target)
@@ -224,7 +273,7 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def exchange(one: Path, other: Path) -> bool:
     """Swap two folders in one step; False where the system cannot."""
     if not sys.platform.startswith("linux"):
         return False

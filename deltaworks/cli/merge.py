@@ -22,15 +22,17 @@ def command(
 
     Example: [dim]deltaworks merge runs/a/adapter --output merged[/]
     """
+    from ..adapters.files import Replacement
     from ..core.attach import bake
     from .opening import fresh_folder, open_tuned
 
     fresh_folder(output)
     model, tokenizer, _ = open_tuned(adapter, base, task, dtype)
     bake(model, untie=untie)
-    model.save_pretrained(output)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(output)
+    with Replacement(output, ()) as folder:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
     if as_json:
         print(json.dumps({"output": str(output)}))
     else:

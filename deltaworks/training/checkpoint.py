@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..adapters.files import CONFIG
+from ..adapters.files import CONFIG, exchange
 from ..adapters.native import tensor_name
 from ..core.part import Trained
 from ..core.tuned import Tuned
@@ -68,12 +68,15 @@ def replacing(final: Path, *, main: bool = True, wait: Callable[[], None] = lamb
     wait()
     if main:
         _flush(part)
-        if final.exists():
+        if not final.exists():
+            part.rename(final)
+        elif not exchange(part, final):
             shutil.rmtree(old, ignore_errors=True)
             final.rename(old)
-        part.rename(final)
+            part.rename(final)
         _flush_entry(final.parent)
         shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)
     wait()
 
 
@@ -98,8 +101,9 @@ def _flush_entry(folder: Path) -> None:
 
 def rotate(folder: Path, keep: int | None, best: str | None = None) -> None:
     """Delete the oldest checkpoints beyond `keep`, never the best one; renamed first, so that none is ever half."""
-    for leftover in folder.glob(".checkpoint-*.old"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for ending in ("old", "part"):
+        for leftover in folder.glob(f".checkpoint-*.{ending}"):
+            shutil.rmtree(leftover, ignore_errors=True)
     if not keep or keep < 1:
         return
     for path in checkpoints(folder)[:-keep]:

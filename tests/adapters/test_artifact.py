@@ -191,7 +191,10 @@ def test_a_failed_save_leaves_the_old_adapter_and_nothing_else(tmp_path: Path, m
 
 @pytest.mark.parametrize("exchange", [True, False])
 def test_a_process_killed_at_any_call_leaves_a_whole_adapter(exchange: bool, tmp_path: Path) -> None:
-    """Every call to the file system of a second save is in turn made the last one of its process."""
+    """Every call to the file system of a second save is in turn made the last one of its process.
+
+    What the process left goes with the next save.
+    """
     script = """
 import importlib.util, os, sys
 from pathlib import Path
@@ -200,7 +203,7 @@ files = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(files)
 target, stop, exchange = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"
 if not exchange:
-    files._exchange = lambda one, other: False
+    files.exchange = lambda one, other: False
 def save(text):
     with files.Replacement(target, ("a", "b")) as folder:
         (folder / "a").write_text(text), (folder / "b").write_text(text)
@@ -216,7 +219,7 @@ sys.addaudithook(last)
 save("new")
 """
     seen = set()
-    for stop in range(1, 60):
+    for stop in range(1, 90):
         folder = tmp_path / str(stop) / "out"
         command = [sys.executable, "-c", script, folder, str(stop), str(exchange), files.__file__]
         end = subprocess.run(command, check=False).returncode
@@ -225,9 +228,35 @@ save("new")
         texts = {(place / name).read_text() for name in "ab"}
         assert len(texts) == 1, stop
         seen |= texts
+        with files.Replacement(folder, ("a", "b")) as new:
+            (new / "a").write_text("next")
+        assert [path.name for path in folder.parent.iterdir()] == ["out"]
+        assert {path.name: path.read_text() for path in folder.iterdir()} == {"a": "next"}
         if end == 0:
             break
     assert end == 0 and seen == {"old", "new"}
+
+
+def test_what_another_process_is_writing_is_left_alone(tmp_path: Path) -> None:
+    with files.Replacement(tmp_path / "out", ("a",)) as slow:
+        (slow / "a").write_text("slow")
+        with files.Replacement(tmp_path / "out", ("a",)) as quick:
+            (quick / "a").write_text("quick")
+        assert (tmp_path / "out" / "a").read_text() == "quick" and (slow / "a").read_text() == "slow"
+    assert (tmp_path / "out" / "a").read_text() == "slow"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_set_aside_by_a_killed_process_comes_back(tmp_path: Path) -> None:
+    aside, other = tmp_path / ".out.abcd_123.old", tmp_path / ".out.b.abcd_123.old"
+    for folder in (aside, aside.with_suffix(".new"), other):
+        folder.mkdir()
+        (folder / "mine").write_text(folder.suffix)
+    with files.Replacement(tmp_path / "out", ("a",)) as new:
+        assert (tmp_path / "out" / "mine").read_text() == ".old" and not aside.with_suffix(".new").exists()
+        (new / "a").write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "out"], "of another target nothing is known"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a", "mine"}
 
 
 def test_inspect_tells_what_is_there_without_reading_values(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"settings": {"rank": 2, "dropout": 0.2, "b_lr_ratio": 4.0}, "lr": 1e-2},
     "adalora": {"settings": {"init_rank": 3, "target_rank": 2, "dropout": 0.2}, "lr": 1e-2},
     "lisa": {"settings": {"layers": 1, "period": 3}, "lr": 1e-3},
+    "increlora": {"settings": {"top": 2, "interval": 2, "dropout": 0.2, "warmup": 1}, "lr": 1e-2},
+    "diffora": {"settings": {"rank": 2, "search": 5, "warmup": 1, "dropout": 0.2}, "lr": 1e-2},
 }
 # Processes are forked off one that has imported everything and computed nothing.
 PROCESSES = multiprocessing.get_context("forkserver")
