@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 Moving = Sequence[tuple[nn.Parameter, float]]
 """Tensors that move, each with its learning rate's factor."""
+PIECE = 1 << 20
+"""Numbers that are drawn at a time."""
 
 
 class ZerothOrder(Rule):
@@ -50,9 +53,10 @@ class ZerothOrder(Rule):
                 _move(moving, seed, distance)
                 away += distance
                 losses.append(_everywhere(loss()))
+        except BaseException:
+            _move(moving, seed, -away)  # parameters must not stay at a point that was only tried
+            raise
         finally:
-            # Also when a batch fails: parameters must not stay at the point that was only tried.
-            _move(moving, seed, -away)
             for module in training:
                 module.training = True
         above, below = losses
@@ -72,12 +76,14 @@ class ZerothOrder(Rule):
         """
         moving = _moving(tuned)
         for seed, slope, lr in log:
-            for distance in (self.eps, -2 * self.eps, self.eps):
+            for distance in (self.eps, -2 * self.eps):
                 _move(moving, seed, distance)
             self._update(moving, seed, slope, lr)
 
     def _update(self, moving: Moving, seed: int, slope: float, lr: float) -> None:
+        """From below the point back to it, and on: the direction is drawn once for both."""
         for (parameter, rate), z in zip(moving, _directions(moving, seed), strict=True):
+            parameter.add_(z, alpha=self.eps)
             if self.weight_decay and parameter.dim() > 1:
                 parameter.mul_(1 - lr * rate * self.weight_decay)
             parameter.add_(z, alpha=-lr * rate * slope)
@@ -100,9 +106,28 @@ def _directions(moving: Moving, seed: int) -> Iterator[Tensor]:
     for parameter, _ in moving:
         if parameter.device not in generators:
             generators[parameter.device] = torch.Generator(parameter.device).manual_seed(seed)
-        yield torch.randn(
-            parameter.shape, generator=generators[parameter.device], device=parameter.device, dtype=parameter.dtype
-        )
+        yield _normal(parameter, generators[parameter.device])
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers, of a tensor's shape, dtype and device."""
+    if like.device.type != "cpu":
+        return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+    # A processor draws normal numbers one by one, and looks up quantiles of sixteen random bits at thrice the speed.
+    table, made = _quantiles(like.dtype), torch.empty(like.numel(), dtype=like.dtype)
+    for piece in made.split(PIECE):
+        bits = torch.empty(-(-len(piece) // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+        torch.index_select(table, 0, bits.view(torch.uint16)[: len(piece)].to(torch.int32), out=piece)
+    return made.view(like.shape)
+
+
+@cache
+def _quantiles(dtype: torch.dtype) -> Tensor:
+    """65,536 quantiles of the standard normal distribution, each as probable, of variance 1."""
+    with torch.inference_mode(False):
+        places = (torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16)
+        values = torch.special.ndtri(places)
+        return (values / values.square().mean().sqrt()).to(dtype)
 
 
 def _move(moving: Moving, seed: int, distance: float) -> None:
