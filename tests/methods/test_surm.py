@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 import deltaworks as dw
 from deltaworks.core.operators.structured_tiles import STRUCTURES, StructuredTiles
+from deltaworks.model.weights import Weight
 from tests.methods.toys import attach, net, nudge, part, saved_shapes
 
 
@@ -99,8 +102,41 @@ def test_what_does_not_fit_is_refused() -> None:
         attach(net(12, 8, 6)[0], dw.SURM, tile=3)
     with pytest.raises(ValueError, match="pairs=2 is for structure='ldr'"):
         dw.SURM(pairs=2)
-    with pytest.raises(ValueError, match="neither dropout nor tiles"):
-        dw.SURM(structure="kronecker", dropout=0.1)
+    for given in ({"dropout": 0.1}, {"tile": 2}, {"train_scale": True}):
+        with pytest.raises(ValueError, match="neither dropout nor tiles nor train_scale"):
+            dw.SURM(structure="kronecker", **given)
+    with pytest.raises(ValueError, match="scale=2 and train_scale=True are both given"):
+        dw.SURM(scale=2.0, train_scale=True)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_scale_that_trains_starts_at_zero_and_can_leave_it(structure: str, tmp_path: Path) -> None:
+    model, x = net(12, 8, 6)
+    base = model(x)
+    tuned = attach(model, dw.SURM, structure=structure, on="first", train_scale=True)
+    delta = part(tuned)
+    assert torch.equal(model(x), base) and delta.s.item() == 0
+    assert sum(p.numel() for p in tuned.parameters()) == tuned.method.count(Weight(model.first))
+    optimizer = torch.optim.SGD(tuned.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (model(x) - base.detach() - 1).square().sum().backward()
+        optimizer.step()
+    assert delta.s.item() != 0 and delta.a.grad.abs().sum() > 0 and delta.b.grad.abs().sum() > 0
+    twin = StructuredTiles(delta.a.detach(), delta.b.detach(), structure, delta.s.item())
+    inputs = torch.randn(3, 12, dtype=delta.a.dtype)
+    assert torch.allclose(delta.dense(), twin.dense()) and torch.allclose(delta.side(inputs), inputs @ twin.dense().T)
+    g = torch.randn(8, 12, dtype=delta.a.dtype)
+    wanted = torch.autograd.grad((delta.dense() * g).sum(), (delta.a, delta.b, delta.s))
+    for found, slope in zip(delta.pulled(model.first.weight, g.clone()), wanted, strict=True):
+        assert torch.allclose(found, slope)
+    trained = model(x)
+    dw.save(model, tmp_path)
+    fresh, _ = net(12, 8, 6)
+    dw.load(fresh, tmp_path)
+    assert torch.equal(fresh(x), trained)
+    dw.merge(model)
+    assert torch.allclose(model(x), trained)
 
 
 def test_training_keeps_the_input_only() -> None:

@@ -5,6 +5,7 @@ b = 0, or (alpha / r) kron(B, A) with B = 0: two numbers a feature, and yet any 
 N(0, 0.02^2) for the others; A is Kaiming uniform. The authors' code knows square layers only: others are cut into
 square tiles of the greatest common divisor of their sides, or of `tile`. (Their Toeplitz adapter multiplies a and b by
 elements; the paper's product of matrices is taken here, and the root of -1 that Skew needs, of the right order.)
+With `train_scale` s trains, from 0, as their `trainable_alpha`; b is then drawn as a is: two zeros would never move.
 Use it for full-rank changes at the price of a rank-one LoRA.
 """
 
@@ -14,6 +15,7 @@ from ...core import fields
 from ...core.init import kaiming, normal, zeros
 from ...core.method import WeightMethod
 from ...core.operators.kronecker import Kronecker
+from ...core.operators.scaled_tiles import ScaledTiles
 from ...core.operators.structured_tiles import StructuredTiles
 from ...core.part import Delta
 from ...core.registry import method
@@ -22,7 +24,9 @@ from ...model.weights import Weight
 
 @method("surm", paper="2406.17740", family="structured")
 class SURM(WeightMethod):
-    """Structured square tiles; trains `2 p out in / tile` values a layer, or `in + out` (kronecker)."""
+    """Structured square tiles; trains `2 p out in / tile` values a layer (one more with train_scale), or `in + out`
+    (kronecker).
+    """
 
     default_lr = 2e-3
 
@@ -31,6 +35,7 @@ class SURM(WeightMethod):
     pairs: int = fields.positive(1, "p, displacement rank; ldr only")
     rank: int = fields.positive(8, "r, side of the Kronecker factors, reduced to a common divisor; kronecker only")
     scale: float = fields.number(1.0, "s", above=0)
+    train_scale: bool = fields.flag(False, "let s train, from 0; not for kronecker")
     alpha: float = fields.number(16.0, "numerator of alpha / r; kronecker only", above=0)
     dropout: float = fields.fraction(0.0, "probability of dropping an input feature; not for kronecker")
 
@@ -38,8 +43,10 @@ class SURM(WeightMethod):
         super().__post_init__()
         if self.pairs != 1 and self.structure != "ldr":
             raise ValueError(f"surm: pairs={self.pairs} is for structure='ldr'; {self.structure} has one pair")
-        if self.structure == "kronecker" and (self.dropout or self.tile is not None):
-            raise ValueError("surm: a Kronecker product has neither dropout nor tiles; leave both out")
+        if self.structure == "kronecker" and (self.dropout or self.tile is not None or self.train_scale):
+            raise ValueError("surm: a Kronecker product has neither dropout nor tiles nor train_scale; leave them out")
+        if self.train_scale and self.scale != 1:
+            raise ValueError(f"surm: scale={self.scale:g} and train_scale=True are both given; give one")
 
     def delta(self, weight: Weight) -> Delta:
         if self.structure == "kronecker":
@@ -48,7 +55,10 @@ class SURM(WeightMethod):
             return Kronecker(w1=left, w2=right, scale=self.alpha / r)
         n = self._side(weight)
         shape = (weight.fan_out // n, weight.fan_in // n, self.pairs, n)
-        a = normal(*shape, std=1.0 if self.structure == "circulant" else 0.02)
+        std = 1.0 if self.structure == "circulant" else 0.02
+        a = normal(*shape, std=std)
+        if self.train_scale:
+            return ScaledTiles(a, normal(*shape, std=std), zeros(1), self.structure, self.dropout)
         return StructuredTiles(a, zeros(*shape), self.structure, self.scale, self.dropout)
 
     def _side(self, weight: Weight) -> int:
@@ -63,4 +73,4 @@ class SURM(WeightMethod):
     def count(self, weight: Weight) -> int:
         if self.structure == "kronecker":
             return weight.fan_in + weight.fan_out
-        return 2 * self.pairs * weight.fan_in * weight.fan_out // self._side(weight)
+        return 2 * self.pairs * weight.fan_in * weight.fan_out // self._side(weight) + self.train_scale
