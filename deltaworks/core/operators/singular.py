@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...model.weights import Weight
 from ..part import Delta
+from .effective import Built
 from .made import Made
 from .scaled import Scaled
 
@@ -83,7 +84,7 @@ def decomposed(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u * signs, s, vh * signs.T
 
 
-class SpectrumShift(Singular, Scaled):
+class SpectrumShift(Singular, Scaled, Built):
     """`dW = U_r diag(shift) V_r^T`.
 
     Args:
@@ -103,9 +104,23 @@ class SpectrumShift(Singular, Scaled):
         return self.shift.new_zeros(self.fan_out, self.fan_in) if self.u is None else super().dense()
 
     def prefers_side(self, tokens: int, weight: Weight) -> bool:
-        # The side path needs no input for backward, so building the weight pays only where nothing is kept.
-        rank, (fan_out, fan_in) = self.shift.shape[-1], (self.fan_out, self.fan_in)
-        return torch.is_grad_enabled() or rank * (fan_in + fan_out) < fan_in * fan_out
+        rank, ends, area = self.shift.shape[-1], self.fan_in + self.fan_out, self.fan_in * self.fan_out
+        if not torch.is_grad_enabled():
+            return tokens * ends < area
+        # Two thin products a pass; or the weight built in both passes, its gradient, and that in the vectors' basis.
+        return 2 * tokens * rank * ends < 3 * rank * area + tokens * area
+
+    def built(self, weight: Tensor) -> Tensor:
+        if self.u is None:
+            return weight.clone()
+        vh, u = self.bases(weight.dtype)
+        return torch.addmm(weight, u * self.shift.detach().to(u.dtype), vh)
+
+    def pulled(self, weight: Tensor, change: Tensor) -> tuple[Tensor | None, ...]:
+        if self.u is None:
+            return (torch.zeros_like(self.shift),)
+        vh, u = self.bases(change.dtype)
+        return ((u.T @ change).mul_(vh).sum(1, dtype=self.shift.dtype),)
 
     def bases(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         vh, u = self.vectors()
