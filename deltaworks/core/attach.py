@@ -121,16 +121,16 @@ def attach(
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs' generators as well
         shared = method.shared(base)
         placed = list(method.parts(base, shared, measured))
+    if not placed:
+        raise ValueError(
+            f"{method.slug} found nothing to change in {type(model).__name__} (on={getattr(method, 'on', None)!r})"
+        )
     if also is not None:
         taken = {(item.site.path, item.site.parameter) for item in placed if isinstance(item.part, Trained)}
         for item in unfreeze(base, also):
             if (item.site.path, item.site.parameter) not in taken:
                 taken.add((item.site.path, item.site.parameter))
                 placed.append(item)
-    if not placed:
-        raise ValueError(
-            f"{method.slug} found nothing to change in {type(model).__name__} (on={getattr(method, 'on', None)!r})"
-        )
     return install(model, method, placed, shared, name=name)
 
 

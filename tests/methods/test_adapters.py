@@ -286,3 +286,11 @@ def test_a_model_without_blocks_is_refused_in_one_line(method: Method) -> None:
     with pytest.raises(ValueError, match=f"{method.slug} sits in the blocks of a transformer") as refusal:
         dw.attach(model, method)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_method_that_finds_no_place_says_so_though_a_head_would_train() -> None:
+    config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", num_labels=3)
+    model = hf.ResNetForImageClassification(config)
+    with pytest.raises(ValueError, match="parallel_adapter found nothing to change in ResNetForImageClassification"):
+        dw.attach(model, dw.ParallelAdapter(), also="head")
+    assert all(parameter.requires_grad for parameter in model.parameters()), "the model is as it was"
