@@ -33,6 +33,7 @@ def command(**given: Any) -> None:
     """
     from ..study.engine import Runner
     from ..study.search import search
+    from ..study.search_pages import save
 
     as_json, path, output = given.pop("as_json"), given.pop("search"), given.pop("output")
     jobs, ray, cache = given.pop("jobs"), given.pop("ray"), given.pop("cache")
@@ -49,6 +50,7 @@ def command(**given: Any) -> None:
     told = _Told(quiet=as_json)
     with Runner(cache, jobs, ray) as runner:
         found = search(wanted, runner, folder, storage=storage, start_from=start_from, tell=told.hear)
+    report = save(found, folder)
     if as_json:
         best = [
             {"recipe": str(one.path), **one.decided, "value": one.value, "cost": one.cost, "trainable": one.trainable,
@@ -58,7 +60,7 @@ def command(**given: Any) -> None:
         about = {"output": str(folder), "metric": found.metric, "run": found.run, "agreement": found.agreement}
         print(json.dumps(about | counts | {"best": best}, default=str))
         return
-    told.close(found, folder)
+    told.close(found, report)
 
 
 def _bounds(text: str) -> list[float]:
@@ -84,6 +86,8 @@ class _Told:
 
     def hear(self, event: str, **figures: Any) -> None:
         """One event of `search`."""
+        from ..study.pareto import described
+
         say = self.console.print
         if event == "space":
             parts = [", ".join(figures["methods"])] if figures["methods"] else []
@@ -102,8 +106,10 @@ class _Told:
         elif event == "exhausted":
             say(f"search   ends here: {figures['reason']}", markup=False)
 
-    def close(self, found: Found, folder: Path) -> None:
+    def close(self, found: Found, report: Path) -> None:
         """Print what came out."""
+        from ..study.pareto import described
+
         table = Table(title="what no other trial beats", title_justify="left")
         columns = ["recipe", "configuration", f"{found.metric}, trial", f"{found.metric}, full run", "trainable"]
         cost = found.search.cost
@@ -122,25 +128,8 @@ class _Told:
         self.console.print(f"trials   {said}")
         if found.agreement is not None:
             self.console.print(f"order    trials and full runs agree with a rank correlation of {found.agreement:.2f}")
-        self.console.print(f"results  {folder}", soft_wrap=True)
+        self.console.print(f"results  {report}", soft_wrap=True)
         self.console.print(f"next     deltaworks tune {found.winner.path}", soft_wrap=True)
-
-
-def described(decided: dict[str, Any]) -> str:
-    """A configuration in a few words, such as `lora rank 4 + ia3 on blocks 0, 3`."""
-    settings = decided["settings"]
-    methods = settings.get("methods", {decided["method"]: settings}) if decided["method"] == "autopeft" else None
-    methods = methods or {decided["method"]: settings}
-    parts = []
-    for slug, inner in methods.items():
-        words = [slug]
-        for name, value in inner.items():
-            words.append(f"{len(value)} pieces" if name == "on" and isinstance(value, list) else f"{name} {value}")
-        parts.append(" ".join(words))
-    layers = settings.get("layers") if decided["method"] == "autopeft" else None
-    where = f" on blocks {', '.join(map(str, layers))}" if layers is not None else ""
-    rate = f" at lr {decided['lr']:g}" if "lr" in decided else ""
-    return " + ".join(parts) + where + rate
 
 
 command.__signature__ = inspect.Signature([  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from ..data.sources import open_source
 from ..training.evaluation import batches, held_out
 from ..training.recipe import Recipe
 from ..training.tune import Opened
-from .statistics import lower_is_better
+from .statistics import LEVEL, lower_is_better
 
 WORST, GAP, OF = "worst_", "gap_", "group."
 """Figures over groups are called by what they are of: `worst_accuracy`, `gap_auc`, `group.old.accuracy`."""
@@ -29,6 +30,9 @@ APART = ("demographic_parity", "equalised_odds")
 """Differences between groups, for two classes: of the rate of positive answers, and the larger one of the differences
 of true and of false positive rates."""
 MERITS = ("accuracy", "auc", "rmse", "loss")
+ENDS = (".low", ".high")
+"""Ends of the interval of a figure over groups: `group.old.accuracy.low`, `worst_accuracy.high`."""
+RESAMPLES = 1000
 
 
 def less_is_better(figure: str) -> bool:
@@ -38,6 +42,11 @@ def less_is_better(figure: str) -> bool:
     if figure.startswith(WORST):
         return lower_is_better(figure.removeprefix(WORST))
     return lower_is_better(figure.rpartition(".")[2] if figure.startswith(OF) else figure)
+
+
+def over_groups(figures: Mapping[str, float]) -> dict[str, float]:
+    """Those of a run's figures that are of groups, or over them."""
+    return {name: value for name, value in figures.items() if name.startswith((OF, WORST, GAP, *APART))}
 
 
 @dataclass(frozen=True)
@@ -56,8 +65,13 @@ class Groups:
         """Of some of the rows only."""
         return Groups(self.column, tuple(self.names[index] for index in chosen))
 
-    def figures(self, opened: Opened, batch_size: int) -> dict[str, float]:
+    def figures(self, opened: Opened, batch_size: int, *, intervals: bool = False) -> dict[str, float]:
         """Figures of every group, and what they come to.
+
+        Args:
+            opened: the run whose held-out rows these are the groups of.
+            batch_size: rows that are looked at together.
+            intervals: whether to give the figures of classes their intervals, too (see `spread`).
 
         Returns:
             `group.NAME.FIGURE` for every group, with `group.NAME.rows`; `worst_FIGURE` and `gap_FIGURE` over them;
@@ -75,6 +89,8 @@ class Groups:
             chances = logits.softmax(-1)
             by_group = {name: merits(chances[chosen], truth[chosen]) for name, chosen in sorted(rows.items())}
             apart = differences([(chances[chosen], truth[chosen]) for chosen in rows.values()])
+            if intervals:
+                apart |= spread({name: (chances[chosen], truth[chosen]) for name, chosen in sorted(rows.items())})
         else:
             validation: Dataset = opened.prepared.validation
             for name, chosen in sorted(rows.items()):
@@ -150,6 +166,61 @@ def differences(groups: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
                 rates[name].append(float(said[truth == one].mean()))
     spread = {name: max(values) - min(values) if values else 0.0 for name, values in rates.items()}
     return {"demographic_parity": spread["positive"], "equalised_odds": max(spread["true"], spread["false"])}
+
+
+def spread(groups: Mapping[str, tuple[Tensor, Tensor]], seed: int = 0) -> dict[str, float]:
+    """Percentile bootstrap intervals of what `merits` and `over` give, 95 %: how far other rows might have led.
+
+    Rows are drawn anew within each group, for all figures together; a draw that leaves a class out has no AUC and does
+    not count there. They say nothing of other seeds or of other training data.
+
+    Args:
+        groups: chances (`rows x classes`) and classes (`rows`) of each group.
+        seed: of the draws.
+
+    Returns:
+        `group.NAME.FIGURE`, `worst_FIGURE` and `gap_FIGURE`, each with the ends of `ENDS`.
+    """
+    drawn: dict[str, list[np.ndarray]] = {}
+    chance = np.random.default_rng(seed)
+    found: dict[str, float] = {}
+    for name, (chances, truth) in groups.items():
+        count = len(truth)
+        weights = torch.from_numpy(chance.multinomial(count, [1 / count] * count, size=RESAMPLES)).double()
+        right = (chances.argmax(-1) == truth).double()
+        loss = -chances[torch.arange(count), truth].clamp_min(1e-30).log()
+        draws = {"accuracy": weights @ right / count, "loss": weights @ loss.double() / count}
+        draws["auc"] = _auc_draws(chances.double(), truth, weights)
+        for figure, values in draws.items():
+            drawn.setdefault(figure, []).append(values.numpy())
+            found |= _ends(f"{OF}{name}.{figure}", values.numpy())
+    for figure, each in drawn.items():
+        values = np.stack(each)
+        values = values[~np.isnan(values).all(1)]
+        if len(values):
+            worst = values.max(0) if lower_is_better(figure) else values.min(0)
+            found |= _ends(WORST + figure, worst) | _ends(GAP + figure, values.max(0) - values.min(0))
+    return found
+
+
+def _auc_draws(chances: Tensor, truth: Tensor, weights: Tensor) -> Tensor:
+    """`auc` of rows that count as often as `weights` (`draws x rows`) say, NaN where a class is missing."""
+    areas = []
+    for one in [1] if chances.shape[1] == 2 else range(chances.shape[1]):
+        inside, outside = truth == one, truth != one
+        above = chances[inside, one][:, None] - chances[outside, one][None, :]
+        ahead = (above > 0).double() + 0.5 * (above == 0).double()
+        pairs = weights[:, inside].sum(1) * weights[:, outside].sum(1)
+        areas.append(((weights[:, inside] @ ahead) * weights[:, outside]).sum(1) / pairs)
+    return torch.stack(areas).mean(0)
+
+
+def _ends(name: str, draws: np.ndarray) -> dict[str, float]:
+    known = draws[~np.isnan(draws)]
+    if not len(known):
+        return {}
+    ends = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return {name + end: float(value) for end, value in zip(ENDS, ends, strict=True)}
 
 
 @torch.no_grad()

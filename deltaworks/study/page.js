@@ -1,77 +1,22 @@
 "use strict";
 (() => {
   const study = JSON.parse(document.getElementById("numbers").textContent);
-  const phone = () => window.innerWidth < 620;
+  const { colour, faint, short, marks, layout, draw, name: named, always } = charts;
   const chosen = new Set(study.names);
   let current = 0;
 
-  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const faint = (hex, part) => hex + Math.round(part * 255).toString(16).padStart(2, "0");
   const look = (name) => study.looks[name];
   const shown = (cell) => cell.methods.filter((one) => chosen.has(one.name) && one.mean !== null);
-
-  function short(value, unit) {
-    if (value === null || value === undefined) return "-";
-    if (unit === "bytes") {
-      for (const name of ["B", "KiB", "MiB"]) { if (value < 1024) return `${+value.toPrecision(3)} ${name}`; value /= 1024; }
-      return `${+value.toPrecision(3)} GiB`;
-    }
-    if (unit === "s") return value < 1 ? `${+(value * 1000).toPrecision(3)} ms` : `${+value.toPrecision(3)} s`;
-    for (const [bound, name] of [[1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]])
-      if (Math.abs(value) >= bound) return `${+(value / bound).toPrecision(3)} ${name}`;
-    return `${+value.toPrecision(3)}`;
-  }
-
-  // Marks on a logarithmic axis that people can read: 1, 2 and 5 times powers of ten, or powers of two for bytes.
-  function marks(values, unit) {
-    const [low, high] = [Math.min(...values), Math.max(...values)];
-    const found = [];
-    if (high / low < 2.5) {
-      const base = unit === "bytes" ? 1024 ** Math.floor(Math.log(high) / Math.log(1024)) : 1;
-      const width = Math.max(high - low, 0.02 * high) / base, power = 10 ** Math.floor(Math.log10(width));
-      const step = [1, 2, 5, 10].map((part) => part * power).find((part) => width / part <= (phone() ? 3 : 5));
-      for (let value = Math.floor(low / base / step) * step; value * base <= high * 1.01; value += step)
-        found.push(value * base);
-      return found.filter((value) => value >= low * 0.98);
-    }
-    if (unit === "bytes") {
-      for (let power = Math.floor(Math.log2(low)); power <= Math.ceil(Math.log2(high)); power++) found.push(2 ** power);
-    } else {
-      const steps = high / low > 300 ? [1] : high / low > 30 ? [1, 3] : [1, 1.5, 2, 3, 5, 7];
-      for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high) + 1; power++)
-        for (const step of steps) found.push(step * 10 ** power);
-    }
-    const kept = found.filter((value) => value >= low * 0.7 && value <= high * 1.4);
-    const every = Math.ceil(kept.length / (phone() ? 4 : 6));
-    return kept.filter((_, index) => index % every === 0);
-  }
-
-  function layout(across, up, more) {
-    const ink = colour("--ink"), line = colour("--line");
-    const axis = { gridcolor: line, linecolor: line, zeroline: false, automargin: true, tickfont: { size: 12 }, tickangle: 0 };
-    return Object.assign({
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, dragmode: false,
-      font: { family: "system-ui, sans-serif", size: 13, color: ink }, margin: { l: 8, r: 14, t: 10, b: 8 },
-      hoverlabel: { bgcolor: colour("--card"), bordercolor: line, font: { color: ink } },
-      xaxis: Object.assign({ title: { text: across, standoff: 8 } }, axis),
-      yaxis: Object.assign({ title: { text: up, standoff: 6 } }, axis),
-    }, more || {});
-  }
-
-  const settings = { displayModeBar: false, responsive: true, scrollZoom: false, doubleClick: false, showTips: false };
-
-  function draw(id, traces, arrangement) {
-    const place = document.getElementById(id);
-    if (place) Plotly.react(place, traces, arrangement, settings);
-  }
 
   // Lines for what trains nothing, and so has no place on an axis of costs.
   function untrained(cell, arrangement, counted) {
     arrangement.shapes = []; arrangement.annotations = arrangement.annotations || [];
-    for (const one of shown(cell).filter((method) => method.kind !== "tune" && !counted(method))) {
+    const apart = shown(cell).filter((method) => method.kind !== "tune" && !counted(method));
+    for (const [index, one] of apart.entries()) {
       arrangement.shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: one.mean, y1: one.mean,
         line: { color: colour("--soft"), width: 1.2, dash: "dot" } });
-      arrangement.annotations.push({ xref: "paper", x: 1, xanchor: "right", y: one.mean, yanchor: "bottom",
+      const right = index % 2 === 0;  // two that are near each other stand at the two ends
+      arrangement.annotations.push({ xref: "paper", x: right ? 1 : 0, xanchor: right ? "right" : "left", y: one.mean, yanchor: "bottom",
         text: one.name, showarrow: false, font: { size: 11, color: colour("--soft") } });
     }
   }
@@ -102,12 +47,12 @@
       const [low, high] = [Math.log10(Math.min(...values)), Math.log10(Math.max(...values))];
       const room = Math.max(0.06 * (high - low), 0.04);
       arrangement.xaxis.range = [low - room, high + room];
-      arrangement.annotations = front.map((one, index) => ({ x: Math.log10(one[cost]), y: one.mean, text: one.name,
-        showarrow: false, yshift: cell.lower ? -15 : 15, font: { size: 11.5 },
-        xanchor: index === 0 ? "left" : index === front.length - 1 && front.length > 1 ? "right" : "center" }));
     }
     untrained(cell, arrangement, counted);
     draw(`cost-${cost}`, traces, arrangement);
+    if (methods.length && document.getElementById(`cost-${cost}`)) named(`cost-${cost}`,
+      front.map((one) => ({ x: one[cost], y: one.mean, text: one.name })),
+      methods.map((one) => ({ x: one[cost], y: one.mean, low: one.low, high: one.high })));
   }
 
   function curves(cell, id, part, up) {
@@ -201,25 +146,6 @@
     Object.keys(study.axes).forEach(along);
   }
 
-  // Sorting: the buttons in the heads of the columns.
-  document.querySelectorAll("table.sortable").forEach((table) => {
-    table.querySelectorAll("thead th button").forEach((button) => button.addEventListener("click", () => {
-      const head = button.closest("th"), column = [...head.parentNode.children].indexOf(head);
-      const up = head.getAttribute("aria-sort") !== "ascending";
-      table.querySelectorAll("thead th").forEach((other) => other.removeAttribute("aria-sort"));
-      head.setAttribute("aria-sort", up ? "ascending" : "descending");
-      const body = table.tBodies[0];
-      const value = (row) => (row.cells[column] ? row.cells[column].dataset.value : undefined);
-      const compared = (a, b) => {
-        const [one, other] = [value(a), value(b)];
-        if (!one || !other) return (one ? 0 : 1) - (other ? 0 : 1);
-        const found = column ? Number(one) - Number(other) : one.localeCompare(other);
-        return up ? found : -found;
-      };
-      [...body.rows].sort(compared).forEach((row) => body.append(row));
-    }));
-  });
-
   const select = document.getElementById("work");
   if (select) select.addEventListener("change", () => { current = Number(select.value); show(); });
   const boxes = [...document.querySelectorAll("input[name=method]")];
@@ -232,7 +158,5 @@
     boxes.forEach((box) => { box.checked = button.dataset.all === "yes"; if (box.checked) chosen.add(box.value); });
     show();
   }));
-  window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", show);
-  show();
-  document.documentElement.dataset.drawn = "yes";
+  always(show);
 })();

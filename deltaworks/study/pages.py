@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import html
 import json
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from .compare import Comparison, write
+from .page_parts import COLOURS, PART, document, figure, framed, safe, sortable
+from .page_parts import cell as cell_of
+from .page_parts import table as plain_table
 from .summary import ALWAYS, COSTS, UNITS, Summary, cost_text, direction, interval, sentences, short, summarise
 from .trial import BASE, CONTEXT
 
-COLOURS = ("#2563eb", "#d9480f", "#0f8a5f", "#9333ea", "#c2255c", "#0c8599", "#9a6b00", "#5c677d", "#e64980", "#4c6ef5")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "pentagon", "star")
 DASHES = ("solid", "dash", "dot", "dashdot")
 DRAWN = {
@@ -24,7 +23,6 @@ DRAWN = {
     "pentagon": '<path d="M6 .8 11.3 4.7 9.3 11H2.7L.7 4.7z"/>',
     "star": '<path d="m6 .6 1.5 3.7 4 .3-3 2.6.9 3.9L6 9l-3.4 2.1.9-3.9-3-2.6 4-.3z"/>',
 }
-PART = 'role="region" tabindex="0"'
 BUTTONS = "".join(
     f'<button class="plain" type="button" data-all="{value}">{text}</button> '
     for value, text in (("yes", "all"), ("no", "none"))
@@ -74,10 +72,6 @@ def looks(names: list[str]) -> dict[str, dict[str, str]]:
 
 def page(summary: Summary, study: str) -> str:
     """The HTML page of a study's numbers and its YAML."""
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError:
-        raise ImportError("the page needs a package that is not installed: pip install 'deltaworks[study]'") from None
     names, cells = names_of(summary), summary["cells"]
     numbers = {
         "names": names,
@@ -88,40 +82,16 @@ def page(summary: Summary, study: str) -> str:
         "axes": summary["axes"],
         "cells": [cell | {"texts": _texts(cell)} for cell in cells],
     }
-    # "</" would end the element that holds the numbers.
-    held = json.dumps(numbers, ensure_ascii=False).replace("</", "<\\/")
-    own = files(__spec__.parent)
-    title = _safe(summary["title"])
-    body = "\n".join(
-        part
-        for part in (
-            '<a class="skip" href="#results">Skip to the results</a>',
-            f"<header><div><h1>{title}</h1>{_lead(summary)}{_shorts(cells)}{_controls(cells, names)}</div></header>",
-            "<main>",
-            _results(cells),
-            _axes(summary),
-            _costs(),
-            _curves(cells),
-            _forgetting(cells),
-            _pairs(cells),
-            _words(summary),
-            _measured(summary, study),
-            "</main>",
-        )
-        if part
-    )
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
-        f'<link rel="icon" href="data:,"><style>{(own / "page.css").read_text(encoding="utf-8")}</style></head>\n'
-        f'<body>{body}\n<script type="application/json" id="numbers">{held}</script>\n'
-        f"<script>{get_plotlyjs()}</script>\n"
-        f"<script>{(own / 'page.js').read_text(encoding='utf-8')}</script></body></html>\n"
-    )
-
-
-def _safe(text: Any) -> str:
-    return html.escape(str(text))
+    return document(
+        summary["title"],
+        f"{_lead(summary)}{_shorts(cells)}{_controls(cells, names)}",
+        [
+            _results(cells), _axes(summary), _costs(), _curves(cells), _forgetting(cells), _pairs(cells),
+            _words(summary), _measured(summary, study),
+        ],
+        numbers,
+        "page.js",
+    )  # fmt: skip
 
 
 def _lead(summary: Summary) -> str:
@@ -131,8 +101,8 @@ def _lead(summary: Summary) -> str:
     told = f"{_list(bases)} on {_list(data)}; {count} run{'s' if count > 1 else ''} of each"
     if summary["budget"]:
         told += f"; made equal by {summary['budget']}"
-    paper = f'<p class="soft">After {_safe(summary["paper"])}.</p>' if summary["paper"] else ""
-    return f'<p class="soft">{_safe(told)}.</p>{paper}'
+    paper = f'<p class="soft">After {safe(summary["paper"])}.</p>' if summary["paper"] else ""
+    return f'<p class="soft">{safe(told)}.</p>{paper}'
 
 
 def _list(names: list[str]) -> str:
@@ -147,8 +117,8 @@ def _of(index: int) -> str:
 def _shorts(cells: list[Summary]) -> str:
     made = []
     for index, cell in enumerate(cells):
-        items = "".join(f"<li>{_safe(text)}</li>" for text in sentences(cell))
-        named = f'<h2 class="hint">{_safe(cell["name"])}</h2>' if cell["name"] else ""
+        items = "".join(f"<li>{safe(text)}</li>" for text in sentences(cell))
+        named = f'<h2 class="hint">{safe(cell["name"])}</h2>' if cell["name"] else ""
         made.append(f'<section {_of(index)} aria-label="In short">{named}<ul class="short">{items}</ul></section>')
     return "".join(made)
 
@@ -156,12 +126,12 @@ def _shorts(cells: list[Summary]) -> str:
 def _controls(cells: list[Summary], names: list[str]) -> str:
     chosen = ""
     if len(cells) > 1:
-        options = "".join(f'<option value="{i}">{_safe(cell["name"])}</option>' for i, cell in enumerate(cells))
+        options = "".join(f'<option value="{i}">{safe(cell["name"])}</option>' for i, cell in enumerate(cells))
         chosen = f'<div><label for="work">Show</label> <select id="work">{options}</select></div>'
     chips = "".join(
-        f'<label><input type="checkbox" name="method" value="{_safe(name)}" checked>'
+        f'<label><input type="checkbox" name="method" value="{safe(name)}" checked>'
         f'<svg width="12" height="12" aria-hidden="true" fill="{look["hex"]}">{DRAWN[look["symbol"]]}</svg>'
-        f"{_safe(name)}</label>"
+        f"{safe(name)}</label>"
         for name, look in looks(names).items()
     )
     return (
@@ -185,12 +155,6 @@ def _results(cells: list[Summary]) -> str:
 def _table(cell: Summary, index: int) -> str:
     metric = cell["metric"]
     heads = ["method", f"{metric} [95 % interval]", *(HEADS[name] for name in COLUMNS)]
-    # Rows come with the best first.
-    sorted_ = f' aria-sort="{"ascending" if cell["lower"] else "descending"}"'
-    cells = "".join(
-        f'<th scope="col"{sorted_ if i == 1 else ""}><button type="button">{_safe(head)}</button></th>'
-        for i, head in enumerate(heads)
-    )
     finished = [one["mean"] for one in cell["methods"] if one["mean"] is not None]
     low, high = (min(finished), max(finished)) if finished else (0.0, 1.0)
     rows = "".join(_row(one, cell, low, high) for one in cell["methods"])
@@ -201,32 +165,18 @@ def _table(cell: Summary, index: int) -> str:
         "bootstrap interval; “beats others” is the share of paired runs, same seed and data order, in which a method "
         "did better than another. The heads of the columns sort."
     )
-    table = (
-        f'<table class="sortable"><caption><span>{_safe(caption)}</span></caption>'
-        f"<thead><tr>{cells}</tr></thead><tbody>{rows}</tbody></table>"
-    )
-    return _framed(f"Table of results {cell['name']}", table, _of(index))
-
-
-def _framed(label: str, table: str, more: str = "") -> str:
-    """A table that scrolls by itself, by keyboard too, where it is wider than the page."""
-    return f'<div class="scroll" {PART} aria-label="{_safe(label.strip())}" {more}>{table}</div>'
-
-
-def _plain(caption: str, heads: list[str], rows: str) -> str:
-    """A table with a caption and column heads."""
-    columns = "".join(f'<th scope="col">{_safe(head)}</th>' for head in heads)
-    head = f"<caption><span>{_safe(caption)}</span></caption><thead><tr>{columns}</tr></thead>"
-    return f"<table>{head}<tbody>{rows}</tbody></table>"
+    # Rows come with the best first.
+    table = sortable(caption, heads, rows, 1, descending=not cell["lower"])
+    return framed(f"Table of results {cell['name']}", table, _of(index))
 
 
 def _row(one: Summary, cell: Summary, low: float, high: float) -> str:
     kind = "baseline" if one["kind"] != "tune" or one["slug"] == "full" else "method"
-    note = f' <small title="{_safe(one["note"])}">({_safe(one["note"])})</small>' if one["note"] else ""
-    head = f'<th scope="row" data-value="{_safe(one["name"])}">{_safe(one["name"])}{note}</th>'
-    named = f'data-method="{_safe(one["name"])}"'
+    note = f' <small title="{safe(one["note"])}">({safe(one["note"])})</small>' if one["note"] else ""
+    head = f'<th scope="row" data-value="{safe(one["name"])}">{safe(one["name"])}{note}</th>'
+    named = f'data-method="{safe(one["name"])}"'
     if one["mean"] is None:
-        said = _safe(one["error"] or "it has no result")
+        said = safe(one["error"] or "it has no result")
         return f'<tr class="failed" {named}>{head}<td colspan="{len(COLUMNS) + 1}">failed: {said}</td></tr>'
     part = 100 * (one["mean"] - low) / (high - low) if high > low else 100
     part = 100 - part if cell["lower"] else part
@@ -252,17 +202,9 @@ def _row(one: Summary, cell: Summary, low: float, high: float) -> str:
 # Pictures
 
 
-def _figure(id: str, title: str, caption: str, *, wide: bool = False) -> str:
-    return (
-        f"<figure{' class=wide' if wide else ''}><h3>{_safe(title)}</h3>"
-        f'<div class="plot" id="{id}" role="img" aria-label="{_safe(title)}"></div>'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
-
-
 def _costs() -> str:
     drawn = "".join(
-        _figure(f"cost-{cost}", f"Against {name}", "The line joins what no other method beats in both.")
+        figure(f"cost-{cost}", f"Against {name}", "The line joins what no other method beats in both.")
         for cost, name in COSTS.items()
     )
     told = (
@@ -273,9 +215,9 @@ def _costs() -> str:
 
 
 def _curves(cells: list[Summary]) -> str:
-    drawn = _figure("training", "Training loss", "Mean over the runs; the band is from the least to the greatest.")
+    drawn = figure("training", "Training loss", "Mean over the runs; the band is from the least to the greatest.")
     if any(one["held_out"] for cell in cells for one in cell["methods"]):
-        drawn += _figure("held-out", "Held out", "The deciding figure on held-out rows while training goes on.")
+        drawn += figure("held-out", "Held out", "The deciding figure on held-out rows while training goes on.")
     tables = "".join(_curve_table(cell, index) for index, cell in enumerate(cells))
     return f'<section><h2>How it learns</h2><div class="pictures">{drawn}</div>{tables}</section>'
 
@@ -283,14 +225,14 @@ def _curves(cells: list[Summary]) -> str:
 def _curve_table(cell: Summary, index: int) -> str:
     known = [one for one in cell["methods"] if one["curve"]]
     rows = "".join(
-        f'<tr data-method="{_safe(one["name"])}"><th scope="row">{_safe(one["name"])}</th>'
+        f'<tr data-method="{safe(one["name"])}"><th scope="row">{safe(one["name"])}</th>'
         + "".join(f"<td>{value:.4g}</td>" for value in _picked(one["curve"]))
         + "</tr>"
         for one in known
     )
-    table = _plain("Training loss, smoothed", ["method", "first", "a quarter", "half", "last"], rows)
-    framed = _framed("Table of training losses", table)
-    return f"<details {_of(index)}><summary>Training loss as a table</summary>{framed}</details>"
+    table = plain_table("Training loss, smoothed", ["method", "first", "a quarter", "half", "last"], rows)
+    shown = framed("Table of training losses", table)
+    return f"<details {_of(index)}><summary>Training loss as a table</summary>{shown}</details>"
 
 
 def _picked(curve: Summary) -> list[float]:
@@ -303,7 +245,7 @@ def _forgetting(cells: list[Summary]) -> str:
     if not any(one["forgetting"] for cell in cells for one in cell["methods"]):
         return ""
     caption = "From the ring (before) to the dot (after); further right is more forgotten."
-    drawn = _figure("forgetting", "Loss on the base's own domain", caption, wide=True)
+    drawn = figure("forgetting", "Loss on the base's own domain", caption, wide=True)
     tables = "".join(_forgotten(cell, index) for index, cell in enumerate(cells))
     shown = f'<div class="pictures">{drawn}</div>{tables}'
     return f'<section id="forgetting-section"><h2>What it forgets</h2>{shown}</section>'
@@ -312,21 +254,21 @@ def _forgetting(cells: list[Summary]) -> str:
 def _forgotten(cell: Summary, index: int) -> str:
     known = [one for one in cell["methods"] if one["forgetting"] and one["kind"] == "tune"]
     rows = "".join(
-        f'<tr data-method="{_safe(one["name"])}"><th scope="row">{_safe(one["name"])}</th>'
+        f'<tr data-method="{safe(one["name"])}"><th scope="row">{safe(one["name"])}</th>'
         f"<td>{one['forgetting']['before']:.4g}</td><td>{one['forgetting']['after']:.4g}</td>"
         f"<td>{one['forgetting']['after'] - one['forgetting']['before']:+.3g}</td></tr>"
         for one in known
     )
-    table = _plain("Loss on held-out text of the base’s own domain", ["method", "before", "after", "change"], rows)
-    framed = _framed("Table of forgetting", table)
-    return f"<details {_of(index)}><summary>Forgetting as a table</summary>{framed}</details>"
+    table = plain_table("Loss on held-out text of the base’s own domain", ["method", "before", "after", "change"], rows)
+    shown = framed("Table of forgetting", table)
+    return f"<details {_of(index)}><summary>Forgetting as a table</summary>{shown}</details>"
 
 
 def _axes(summary: Summary) -> str:
     if not summary["axes"]:
         return ""
     drawn = "".join(
-        _figure(f"axis-{number}", f"By {axis}", f"The rest as chosen above; {len(values)} values.", wide=True)
+        figure(f"axis-{number}", f"By {axis}", f"The rest as chosen above; {len(values)} values.", wide=True)
         for number, (axis, values) in enumerate(summary["axes"].items())
     )
     tables = "".join(_along(summary, axis) for axis in summary["axes"])
@@ -339,10 +281,10 @@ def _along(summary: Summary, axis: str) -> str:
     for name in names_of(summary):
         found = ((next((one for one in cell["methods"] if one["name"] == name), None)) for cell in summary["cells"])
         shown = "".join(f"<td>{interval(one) if one else '-'}</td>" for one in found)
-        rows += f'<tr data-method="{_safe(name)}"><th scope="row">{_safe(name)}</th>{shown}</tr>'
+        rows += f'<tr data-method="{safe(name)}"><th scope="row">{safe(name)}</th>{shown}</tr>'
     heads = ["method", *(cell["name"] for cell in summary["cells"])]
-    framed = _framed(f"Table by {axis}", _plain("Mean and interval on every piece of work", heads, rows))
-    return f"<details><summary>By {_safe(axis)}, as a table</summary>{framed}</details>"
+    shown = framed(f"Table by {axis}", plain_table("Mean and interval on every piece of work", heads, rows))
+    return f"<details><summary>By {safe(axis)}, as a table</summary>{shown}</details>"
 
 
 def _pairs(cells: list[Summary]) -> str:
@@ -361,10 +303,10 @@ def _matrix(cell: Summary, index: int) -> str:
                 shown += '<td class="soft">·</td>'
             else:
                 shown += f'<td style="background:rgba(var(--good),{0.55 * rate:.2f})">{100 * rate:.0f} %</td>'
-        rows += f'<tr data-method="{_safe(one)}"><th scope="row">{_safe(one)}</th>{shown}</tr>'
+        rows += f'<tr data-method="{safe(one)}"><th scope="row">{safe(one)}</th>{shown}</tr>'
     caption = "Share of paired runs in which the method of the row did better than that of the column."
-    table = _plain(caption, ["method", *names], rows).replace("<table>", '<table class="matrix">', 1)
-    return _framed("Table of win rates", table, _of(index))
+    table = plain_table(caption, ["method", *names], rows).replace("<table>", '<table class="matrix">', 1)
+    return framed("Table of win rates", table, _of(index))
 
 
 def _texts(cell: Summary) -> Summary:
@@ -397,7 +339,7 @@ def _words(summary: Summary) -> str:
     if not summary["expected"] and not summary["found"]:
         return ""
     parts = [("What the paper found", summary["expected"]), ("What we found, on our scale", summary["found"])]
-    shown = "".join(f'<h3>{head}</h3><p class="quote">{_safe(text.strip())}</p>' for head, text in parts if text)
+    shown = "".join(f'<h3>{head}</h3><p class="quote">{safe(text.strip())}</p>' for head, text in parts if text)
     return f"<section><h2>Beside the paper</h2>{shown}</section>"
 
 
@@ -417,8 +359,8 @@ def _measured(summary: Summary, study: str) -> str:
         "products, convolutions and attention in one step, forward and backward."
     )
     return (
-        f"<section><h2>How it was measured</h2><p>{_safe(told)}</p><details><summary>The study’s YAML</summary>"
-        f'<pre {PART} aria-label="The study\'s YAML">{_safe(study)}</pre></details></section>'
+        f"<section><h2>How it was measured</h2><p>{safe(told)}</p><details><summary>The study’s YAML</summary>"
+        f'<pre {PART} aria-label="The study\'s YAML">{safe(study)}</pre></details></section>'
     )
 
 
@@ -439,7 +381,7 @@ def markdown(summary: Summary, drawn: list[Path]) -> str:
         lines += [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
         for one in cell["methods"]:
             if one["mean"] is None:
-                lines.append(f"| {one['name']} | failed: {_cell(one['error'])} |" + " |" * (len(heads) - 2))
+                lines.append(f"| {one['name']} | failed: {cell_of(one['error'])} |" + " |" * (len(heads) - 2))
                 continue
             shown = [
                 one["name"] + (f" ({one['note']})" if one["note"] else ""),
@@ -449,7 +391,7 @@ def markdown(summary: Summary, drawn: list[Path]) -> str:
                 f"{one['lr']:.2g}" if one["kind"] == "tune" and one["lr"] else "-",
                 f"{one['runs']}" + (f", {one['failed']} failed" if one["failed"] else ""),
             ]
-            lines.append(f"| {' | '.join(map(_cell, shown))} |")
+            lines.append(f"| {' | '.join(map(cell_of, shown))} |")
         lines.append("")
         lines += [f"![{path.stem}]({path.as_posix()})\n" for path in ours if path.stem.endswith(f"-{number + 1}")]
     lines += [f"![{path.stem}]({path.as_posix()})\n" for path in drawn if path.stem.startswith("by-")]
@@ -460,10 +402,6 @@ def markdown(summary: Summary, drawn: list[Path]) -> str:
         if text:
             lines += [f"## {head}", "", text.strip(), ""]
     return "\n".join(lines)
-
-
-def _cell(text: Any) -> str:
-    return str(text).replace("|", "\\|").replace("\n", " ")
 
 
 __all__ = ["looks", "markdown", "names_of", "page", "save", "short"]

@@ -13,7 +13,7 @@ import yaml
 from ..training.recipe import Recipe
 from .rows import Row
 from .search_spec import Search
-from .space import Configuration, Space
+from .space import Configuration
 
 PARETO, RESULTS, MOVABLE = "pareto", "results.json", "pareto.json"
 """The folder of recipes; all trials; configurations with their space, which another search may start from."""
@@ -53,8 +53,12 @@ class Found:
         search: what was searched.
         metric, lower: the figure that decided, and whether less of it is better.
         trials: plain records: `number`, `status` ("done", "pruned", "failed"), `error`, `configuration`, `decided`,
-            `value`, `cost`, `trainable`, `curve` (step and value), `origin` ("chance", "model", "transfer").
+            `value`, `cost`, `trainable`, `curve` (step and value), `origin` ("chance", "model", "transfer"), `groups`
+            (figures over groups, where it was searched for fairness).
         best: what nobody beats, the cheapest first.
+        space: what was chosen from, as plain values.
+        importance: how much each choice has to do with a good figure, together 1 (see `search`); empty where too few
+            trials finished to say.
         agreement: Spearman's rank correlation of trials and full runs over these, None for fewer than three.
         run: trials and full runs that were run now; the others were known.
     """
@@ -64,6 +68,8 @@ class Found:
     lower: bool
     trials: list[dict[str, Any]]
     best: list[Best]
+    space: dict[str, Any] = field(default_factory=dict)
+    importance: dict[str, float] = field(default_factory=dict)
     agreement: float | None = None
     run: int = 0
 
@@ -75,7 +81,24 @@ class Found:
         return min(known, key=lambda one: sign * (one.value if one.full_value is None else one.full_value))
 
 
-def write(found: Found, space: Space, length: Mapping[str, int], folder: Path) -> None:
+def described(decided: Mapping[str, Any]) -> str:
+    """A configuration in a few words, such as `lora rank 4 + ia3 on blocks 0, 3`."""
+    settings = decided["settings"]
+    methods = settings.get("methods", {decided["method"]: settings}) if decided["method"] == "autopeft" else None
+    methods = methods or {decided["method"]: settings}
+    parts = []
+    for slug, inner in methods.items():
+        words = [slug]
+        for name, value in inner.items():
+            words.append(f"{len(value)} pieces" if name == "on" and isinstance(value, list) else f"{name} {value}")
+        parts.append(" ".join(words))
+    layers = settings.get("layers") if decided["method"] == "autopeft" else None
+    where = f" on blocks {', '.join(map(str, layers))}" if layers is not None else ""
+    rate = f" at lr {decided['lr']:g}" if "lr" in decided else ""
+    return " + ".join(parts) + where + rate
+
+
+def write(found: Found, length: Mapping[str, int], folder: Path) -> None:
     """Write `search.yaml`, `results.json`, `pareto.json`, and a recipe for each of the best into `pareto/`."""
     (folder / PARETO).mkdir(parents=True, exist_ok=True)
     for old in (folder / PARETO).glob("*.yaml"):
@@ -98,10 +121,11 @@ def write(found: Found, space: Space, length: Mapping[str, int], folder: Path) -
         }
         for one in found.best if one.path is not None
     ]  # fmt: skip
-    shown = {"metric": found.metric, "lower": found.lower, "cost": found.search.cost, "agreement": found.agreement}
+    shown = {"metric": found.metric, "lower": found.lower, "cost": found.search.cost, "agreement": found.agreement,
+             "importance": found.importance}  # fmt: skip
     _put(folder / "search.yaml", yaml.safe_dump(_plain(found.search.as_dict()), sort_keys=False, allow_unicode=True))
     _put(folder / RESULTS, json.dumps(shown | {"best": best, "trials": found.trials}, indent=1, default=str) + "\n")
-    _put(folder / MOVABLE, json.dumps({"space": space.plain(), "best": best}, indent=1, default=str) + "\n")
+    _put(folder / MOVABLE, json.dumps({"space": found.space, "best": best}, indent=1, default=str) + "\n")
 
 
 def _plain(value: Any) -> Any:

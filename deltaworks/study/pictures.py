@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,43 +23,89 @@ def pictures(summary: Summary, folder: Path) -> list[Path]:
     Raises:
         ImportError: when matplotlib is missing.
     """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise ImportError("pictures need a package that is not installed: pip install 'deltaworks[study]'") from None
     from .pages import looks, names_of
 
     folder.mkdir(parents=True, exist_ok=True)
     given = looks(names_of(summary))
     made = []
     for number, cell in enumerate(summary["cells"], 1):
-        made.append(_save(_costs(cell, given), folder / f"costs-{number}.png"))
+        made.append(saved(_costs(cell, given), folder / f"costs-{number}.png"))
         if any(one["curve"] for one in cell["methods"]):
-            made.append(_save(_curves(cell, given), folder / f"learning-{number}.png"))
+            made.append(saved(_curves(cell, given), folder / f"learning-{number}.png"))
         if any(one["forgetting"] for one in cell["methods"] if one["kind"] == "tune"):
-            made.append(_save(_forgetting(cell, given), folder / f"forgetting-{number}.png"))
+            made.append(saved(_forgetting(cell, given), folder / f"forgetting-{number}.png"))
     for axis in summary["axes"]:
         for number, group in enumerate(_along(summary, axis), 1):
             name = f"by-{re.sub(r'[^a-z0-9]+', '-', axis.lower())}-{number}.png"
-            made.append(_save(_line(axis, group, given), folder / name))
+            made.append(saved(_line(axis, group, given), folder / name))
     return made
 
 
-def _new(columns: int, rows: int = 1, **more: Any) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def new(columns: int = 1, rows: int = 1, size: tuple[float, float] = (1.0, 1.0)) -> tuple[Any, Any]:
+    """A figure and its axes, `rows x columns`, each `size` (width, height) times as large as is usual.
 
-    figure = Figure(figsize=(INCH * columns, INCH * 0.9 * rows), layout="constrained", dpi=200, **more)
+    Raises:
+        ImportError: when matplotlib is missing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("pictures need a package that is not installed: pip install 'deltaworks[study]'") from None
+
+    width, height = size
+    figure = Figure(figsize=(INCH * columns * width, INCH * 0.9 * rows * height), layout="constrained", dpi=200)
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _save(figure: Any, path: Path) -> Path:
+def named(axes: Any, points: Sequence[tuple[float, float, str]], taken: Sequence[tuple[float, float]]) -> None:
+    """Write the names of points (x, y, name), each where it covers neither a point nor another name.
+
+    Call it last: places depend on the axes. A name for which there is no room is left out.
+
+    Args:
+        axes: where the points are.
+        points: those with a name, the most important first.
+        taken: all points that are drawn.
+    """
+    figure = axes.figure
+    figure.canvas.draw()
+    figure.set_layout_engine("none")  # from here on nothing moves
+    dots = figure.dpi / 72
+    boxes = [(x - 4 * dots, y - 4 * dots, x + 4 * dots, y + 4 * dots) for x, y in axes.transData.transform(taken)]
+    frame = axes.get_window_extent()
+    if (legend := axes.get_legend()) is not None:
+        boxes.append(legend.get_window_extent().extents)
+    for x, y, name in points:
+        across, up = axes.transData.transform((x, y))
+        wide, high = 2.2 * dots * len(name), 4.4 * dots  # half a name of 7 points
+        for far, side, rise in itertools.product((9, 16, 24, 34), (0, 1, -1), (1, -1, 0)):
+            dx, dy = side * (wide + (far - 4) * dots), rise * far * dots
+            box = (across + dx - wide, up + dy - high, across + dx + wide, up + dy + high)
+            inside = box[0] >= frame.x0 and box[2] <= frame.x1 and box[1] >= frame.y0 and box[3] <= frame.y1
+            if (side or rise) and inside and not any(_overlap(box, other) for other in boxes):
+                boxes.append(box)
+                line = {"arrowstyle": "-", "linewidth": 0.5, "color": "0.5", "shrinkA": 0, "shrinkB": 3}
+                axes.annotate(
+                    name, (x, y), (dx / dots, dy / dots), textcoords="offset points", ha="center", va="center",
+                    fontsize=7, arrowprops=line if far > 9 else None,
+                )  # fmt: skip
+                break
+
+
+def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def saved(figure: Any, path: Path) -> Path:
+    """Write a figure to a file."""
     figure.savefig(path)
     return path
 
 
-def _plain(axes: Any, across: str, up: str) -> None:
+def plain(axes: Any, across: str, up: str) -> None:
+    """Name what goes across and up, and leave out what is not needed."""
     axes.set_xlabel(across)
     axes.set_ylabel(up)
     axes.spines[["top", "right"]].set_visible(False)
@@ -67,12 +115,12 @@ def _plain(axes: Any, across: str, up: str) -> None:
 def _costs(cell: Summary, given: dict[str, dict[str, str]]) -> Any:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    figure, grid = _new(4, 2)
+    figure, grid = new(4, 2)
     finished = [one for one in cell["methods"] if one["mean"] is not None]
     trained = [one for one in finished if one["kind"] == "tune"]
     places = list(grid.flat)
     for axes, (cost, name) in zip(places, COSTS.items(), strict=False):
-        _plain(axes, name, cell["metric"])
+        plain(axes, name, cell["metric"])
         known = [one for one in (finished if cost in ALWAYS else trained) if one[cost]]
         front = [next(one for one in known if one["name"] == wanted) for wanted in cell["fronts"][cost]]
         axes.step([one[cost] for one in front], [one["mean"] for one in front], where="post", color="0.6", linewidth=1)
@@ -83,18 +131,20 @@ def _costs(cell: Summary, given: dict[str, dict[str, str]]) -> Any:
                 one[cost], one["mean"], yerr=error, fmt=MARKERS[look["symbol"]], color=look["hex"], markersize=5,
                 linewidth=1, label=one["name"],
             )  # fmt: skip
-        for one in finished:
-            if one not in known and one["kind"] != "tune":
-                axes.axhline(one["mean"], color="0.5", linestyle=":", linewidth=1)
-                axes.text(
-                    1, one["mean"], one["name"], transform=axes.get_yaxis_transform(), ha="right", va="bottom",
-                    fontsize=7, color="0.4",
-                )  # fmt: skip
+        apart = [one for one in finished if one not in known and one["kind"] != "tune"]
+        for place, one in enumerate(apart):  # two that are near each other stand at the two ends
+            axes.axhline(one["mean"], color="0.5", linestyle=":", linewidth=1)
+            axes.text(
+                1 - place % 2, one["mean"], one["name"], transform=axes.get_yaxis_transform(), va="bottom",
+                ha="left" if place % 2 else "right", fontsize=7, color="0.4",
+            )  # fmt: skip
         if known:
             values = [one[cost] for one in known]
-            axes.set_xscale("log")
-            # Decades where there are some, round numbers between the least and the greatest where there are none.
-            axes.xaxis.set_major_locator(LogLocator(numticks=5) if max(values) > 20 * min(values) else MaxNLocator(4))
+            base = 2 if UNITS.get(cost) == "bytes" else 10
+            axes.set_xscale("log", base=base)
+            # Powers where there are some, round numbers between the least and the greatest where there are none.
+            many = max(values) > 20 * min(values)
+            axes.xaxis.set_major_locator(LogLocator(base, numticks=5) if many else MaxNLocator(4))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _, cost=cost: short(value, UNITS.get(cost, ""))))
             axes.xaxis.set_minor_formatter(NullFormatter())
     for axes in places[len(COSTS) :]:
@@ -108,9 +158,9 @@ def _curves(cell: Summary, given: dict[str, dict[str, str]]) -> Any:
     parts = [("curve", "training loss")]
     if any(one["held_out"] for one in cell["methods"]):
         parts.append(("held_out", f"held-out {cell['metric']}"))
-    figure, grid = _new(len(parts) + 1)
+    figure, grid = new(len(parts) + 1)
     for axes, (part, name) in zip(grid[0], parts, strict=False):
-        _plain(axes, "step", name)
+        plain(axes, "step", name)
         for one in cell["methods"]:
             if one[part]:
                 look, found = given[one["name"]], one[part]
@@ -129,13 +179,13 @@ def _curves(cell: Summary, given: dict[str, dict[str, str]]) -> Any:
 def _forgetting(cell: Summary, given: dict[str, dict[str, str]]) -> Any:
     known = [one for one in cell["methods"] if one["forgetting"] and one["kind"] == "tune"]
     known.sort(key=lambda one: -one["forgetting"]["after"])
-    figure, grid = _new(2)
+    figure, grid = new(2)
     figure.set_figheight(1 + 0.24 * len(known))
     for axes in grid[0][1:]:
         axes.remove()
     axes = figure.axes[0]
     axes.set_subplotspec(axes.get_gridspec()[:])
-    _plain(axes, "loss on the base's own domain", "")
+    plain(axes, "loss on the base's own domain", "")
     for row, one in enumerate(known):
         before, after = one["forgetting"]["before"], one["forgetting"]["after"]
         colour = given[one["name"]]["hex"]
@@ -156,9 +206,9 @@ def _along(summary: Summary, axis: str) -> list[list[Summary]]:
 
 
 def _line(axis: str, cells: list[Summary], given: dict[str, dict[str, str]]) -> Any:
-    figure, grid = _new(2)
+    figure, grid = new(2)
     axes, legend = grid[0]
-    _plain(axes, axis, cells[0]["metric"])
+    plain(axes, axis, cells[0]["metric"])
     values = [cell["place"][axis] for cell in cells]
     numbers = [float(value) for value in values if re.fullmatch(r"[0-9.]+(e[+-]?\d+)?", value) and float(value) > 0]
     across = numbers if len(numbers) == len(values) else list(range(len(values)))

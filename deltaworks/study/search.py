@@ -20,6 +20,7 @@ import math
 import os
 import socket
 import statistics
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from ..model.loading import load_meta
 from ..nursery import PREFIX, base_path
 from ..training.tune import LABELLED, read_data
 from .engine import Hear, Runner
-from .fairness import WORST, less_is_better
+from .fairness import WORST, less_is_better, over_groups
 from .pareto import MOVABLE, Best, Found, write
 from .rows import Row
 from .samplers import Valid, make_sampler
@@ -49,6 +50,8 @@ Tell = Callable[..., None]
 done, total), "full" (done, total), and a run's own events with its trial."""
 
 STORE = "search.db"
+ENOUGH = 8
+"""Finished trials from which on it is said which choices matter."""
 GOES_ON = ("trials", "full", "title", "startup", "prune_after")
 """Keys that may differ when a search goes on."""
 
@@ -351,6 +354,8 @@ class _Searching:
         trial.set_user_attr("trainable", row.get("trainable"))
         trial.set_user_attr("curve", curve or [])
         trial.set_user_attr("row", row.get("key"))
+        if self.search.fair:
+            trial.set_user_attr("groups", over_groups(row.get("figures") or {}))
         if error is not None:
             trial.set_user_attr("error", str(error)[:500])
         state = {"done": TrialState.COMPLETE, "stopped": TrialState.PRUNED}.get(status, TrialState.FAIL)
@@ -376,10 +381,10 @@ class _Searching:
                  one.values[1] if len(one.values) > 1 else None, int(one.user_attrs["trainable"] or 0))
             for one in self._front()
         ]  # fmt: skip
-        found = Found(self.search, self.metric, self._lower(), records, best)
+        found = Found(self.search, self.metric, self._lower(), records, best, self.space.plain(), self._importance())
         self._in_full(found)
         found.run = self.run
-        write(found, self.space, self._length(1.0), self.folder)
+        write(found, self._length(1.0), self.folder)
         return found
 
     def _front(self) -> list[FrozenTrial]:
@@ -389,6 +394,20 @@ class _Searching:
             if "key" in one.user_attrs:
                 unique.setdefault(tuple(one.values), one)
         return sorted(unique.values(), key=lambda one: (one.values[-1], one.values[0]))
+
+    def _importance(self) -> dict[str, float]:
+        """How much each choice has to do with a figure among the best quarter (PED-ANOVA, arXiv:2304.10255)."""
+        done = [one for one in self._known() if one.state == TrialState.COMPLETE]
+        if len(done) < ENOUGH or len({one.values[0] for one in done}) < 2:
+            return {}
+        sign = 1.0 if self._lower() else -1.0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is new in Optuna, and says so
+            found = optuna.importance.get_param_importances(
+                self.study, evaluator=optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25),
+                target=lambda one: sign * one.values[0],
+            )  # fmt: skip
+        return {name: float(value) for name, value in found.items()}
 
     def _record(self, one: FrozenTrial) -> dict[str, Any]:
         attributes = one.user_attrs
@@ -404,6 +423,7 @@ class _Searching:
             "trainable": attributes.get("trainable"),
             "curve": attributes.get("curve") or [],
             "key": attributes.get("row"),
+            "groups": attributes.get("groups") or {},
         }
 
     def _in_full(self, found: Found) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,7 @@ import torch
 
 import deltaworks as dw
 from deltaworks.cli import main
-from deltaworks.methods.modules.autopeft import AutoPEFT
-from deltaworks.study.engine import Hear, Runner
+from deltaworks.study.engine import Runner
 from deltaworks.study.fairness import auc, differences, less_is_better, merits, over
 from deltaworks.study.pareto import Found
 from deltaworks.study.samplers import SparseGPSampler, Valid, copula, make_sampler
@@ -27,55 +28,13 @@ from deltaworks.study.trial import Trial
 from deltaworks.training import Recipe, tune
 from tests.families import FAMILIES
 
+from .searching import Played, size_of, wanted
 from .work import places
-
-SMALL = {"steps": 4, "batch_size": 4, "device": "cpu", "samples": 0, "validation": 0.4, "lr": 1e-2}
-METHODS = [{"method": "pfeiffer", "sizes": [16, 4]}, {"method": "lora", "sizes": [1, 4], "settings": {"on": "mlp"}}]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("search")
-
-
-def wanted(folder: Path, **keys: Any) -> Search:
-    """A search of a few seconds."""
-    quick = {"methods": METHODS, "trials": 8, "startup": 4, "fidelity": 0.5, "full": 0, "prune_after": 0}
-    return Search.of(places(folder), SMALL, quick, {"sampler": "random"}, keys)
-
-
-def size_of(trial: Trial) -> float:
-    """A number that grows with what a trial's recipe trains."""
-    method = trial.recipe.made()
-    methods = method.members if isinstance(method, AutoPEFT) else {trial.recipe.method: method}
-    blocks = len(method.layers) if isinstance(method, AutoPEFT) and method.layers is not None else 2
-    return blocks * sum(getattr(one, "rank", 0) + 16 / getattr(one, "reduction", 1e9) for one in methods.values())
-
-
-class Played:
-    """Stands for a runner: rows are made up, in no time, from what a trial would train."""
-
-    jobs = 2
-
-    def __init__(self, row: Callable[[Trial], dict[str, Any]] | None = None) -> None:
-        self.given, self.trials = row, []
-
-    def rows(self, trials: Iterable[Trial], hear: Hear | None = None) -> Iterator[tuple[Trial, dict[str, Any]]]:
-        for trial in trials:
-            self.trials.append(trial)
-            size = size_of(trial)
-            row = self.given(trial) if self.given else {}
-            losses = row.pop("curve", [3.0 / (1 + size)])
-            every = trial.recipe.evaluate_every or 1
-            stopped = hear is not None and hear(trial, "adapter", {"trainable": int(100 * size)})
-            for number, loss in enumerate(losses, 1):
-                event = {"step": number * every, "figures": {"loss": loss}}
-                stopped = stopped or bool(hear is not None and hear(trial, "evaluated", event))
-                if stopped:
-                    break
-            done = {"status": "done", "error": None, "figures": {"loss": losses[-1]}, "kept": int(100 * size)}
-            made = {"status": "stopped", "error": None} if stopped else done | row
-            yield trial, made | {"cached": False, "key": None, "trainable": int(100 * size)}
 
 
 # What is chosen from
@@ -346,6 +305,77 @@ def test_the_command_goes_on_and_says_what_it_found(folder: Path, real: Found, c
     told = json.loads(capsys.readouterr().out)
     assert told["run"] == 0 and told["done"] == 3
     assert [one["value"] for one in told["best"]] == [one.value for one in real.best]
+
+
+def test_a_found_set_moves_to_another_task_by_the_command(folder: Path, real: Found, capsys: Any) -> None:
+    from tests.training.conftest import prepared_data
+
+    given = folder / "classes.yaml"
+    keys = wanted(folder, data=prepared_data(folder, "classes"), trials=len(real.best) + 1).as_dict()
+    given.write_text(json.dumps(keys))
+    with pytest.raises(SystemExit) as ended:
+        main(["search", str(given), "--start-from", str(folder / "real"), "--output", str(folder / "moved"),
+              "--cache", str(folder / "cache"), "--json"])  # fmt: skip
+    assert ended.value.code == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["metric"], told["done"], told["run"]) == ("accuracy", len(real.best) + 1, len(real.best) + 1)
+    trials = json.loads((folder / "moved" / "results.json").read_text())["trials"]
+    moved = [one for one in trials if one["origin"] == "transfer"]
+    assert [one["configuration"] for one in moved] == [one.configuration for one in real.best]
+    assert all(one["status"] == "done" and one["value"] is not None for one in moved)
+    assert "from another search" in (folder / "moved" / "report.html").read_text()
+
+
+KILLED = """
+import os, signal, sys, yaml
+from pathlib import Path
+from deltaworks.study.engine import Runner
+from deltaworks.study.search import search
+from deltaworks.study.search_spec import Search
+
+def tell(event, **figures):
+    if event == "step" and figures["trial"].labels["number"] == 2 and figures["step"] == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    wanted = Search.read(folder / "search.yaml")
+    with Runner(folder / "cache", jobs=1, threads=1) as runner:
+        search(wanted, runner, folder / "out", tell=tell)
+"""
+
+
+def test_a_search_that_got_sigkill_within_a_trial_loses_none_and_runs_none_twice(tmp_path: Path) -> None:
+    # So long that the trial that is cut off cannot end before its search does.
+    given = wanted(tmp_path, trials=4, startup=4, steps=400)
+    (tmp_path / "search.yaml").write_text(json.dumps(given.as_dict()))
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    ended = subprocess.run([sys.executable, script, tmp_path], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert ended.returncode == -signal.SIGKILL
+
+    study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'out' / 'search.db'}")
+    left = study.get_trials()
+    assert [one.state.name for one in left] == ["COMPLETE", "COMPLETE", "RUNNING"]
+    assert len(list((tmp_path / "cache").glob("*/row.json"))) == 2, "nothing is known of what was cut off"
+    assert not list((tmp_path / "out").glob("*.json"))
+
+    begun: list[int] = []
+
+    def tell(event: str, **figures: Any) -> None:
+        if event == "adapter":
+            begun.append(figures["trial"].labels["number"])
+
+    with Runner(tmp_path / "cache", jobs=1, threads=1) as runner:
+        found = search(given, runner, tmp_path / "out", tell=tell)
+        whole = search(given, runner, tmp_path / "whole")
+    assert begun == [2, 3] and found.run == 2
+    assert [one["number"] for one in found.trials] == [0, 1, 2, 3]
+    assert [one["status"] for one in found.trials] == ["done"] * 4
+    assert len({json.dumps(one["configuration"]) for one in found.trials}) == 4
+    assert [one["value"] for one in found.trials[:2]] == [one.values[0] for one in left[:2]]
+    assert found.trials[2]["configuration"] == left[2].params
+    assert whole.run == 0 and whole.trials == found.trials, "as if it had not been killed"
 
 
 @pytest.mark.parametrize(
