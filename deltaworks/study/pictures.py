@@ -144,7 +144,7 @@ def _costs(cell: Summary, given: dict[str, dict[str, str]]) -> Any:
             axes.set_xscale("log", base=base)
             # Powers where there are some, round numbers between the least and the greatest where there are none.
             many = max(values) > 20 * min(values)
-            axes.xaxis.set_major_locator(LogLocator(base, numticks=5) if many else MaxNLocator(4))
+            axes.xaxis.set_major_locator(LogLocator(base, numticks=4 if base == 2 else 5) if many else MaxNLocator(4))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _, cost=cost: short(value, UNITS.get(cost, ""))))
             axes.xaxis.set_minor_formatter(NullFormatter())
     for axes in places[len(COSTS) :]:
