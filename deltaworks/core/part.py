@@ -194,7 +194,8 @@ class Wrapper(Part):
 class Trained(Part):
     """A parameter of the base that is itself trained, in place.
 
-    Holds the base's own value on the CPU, so that disabling, switching and detaching give it back bit for bit.
+    Holds the base's own value on the CPU, so that disabling, switching and detaching give it back bit for bit. Of a
+    parameter that is sharded over processes all of them hold the whole value, and must enter and leave together.
     """
 
     mergeable = True
@@ -209,17 +210,35 @@ class Trained(Part):
     def enter(self, parameter: Tensor) -> None:
         """Put the learned value into the model, keeping the base's."""
         if self.pristine is None and not parameter.is_meta:
-            self.pristine = parameter.detach().to("cpu", copy=True)
+            self.pristine = _held(parameter)
             if self.learned is not None:
-                parameter.data.copy_(self.learned)
+                _put(parameter, self.learned)
                 self.learned = None
 
     def leave(self, parameter: Tensor) -> None:
         """Put the base's value back, keeping the learned one."""
         if self.pristine is not None:
-            self.learned = parameter.detach().to("cpu", copy=True)
-            parameter.data.copy_(self.pristine)
+            self.learned = _held(parameter)
+            _put(parameter, self.pristine)
             self.pristine = None
+
+
+def _held(parameter: Tensor) -> Tensor:
+    """A copy on the CPU, gathered where the parameter is sharded."""
+    value: Any = parameter.detach()
+    return (value.full_tensor() if hasattr(value, "full_tensor") else value).to("cpu", copy=True)
+
+
+def _put(parameter: Tensor, value: Tensor) -> None:
+    """Give a parameter a whole value; where it is sharded each process takes its share."""
+    if not hasattr(parameter, "full_tensor"):
+        parameter.data.copy_(value)
+        return
+    from torch.distributed.tensor import distribute_tensor  # imported only where something is sharded
+
+    sharded: Any = parameter.detach()
+    mine = distribute_tensor(value.to(sharded.device), sharded.device_mesh, sharded.placements, src_data_rank=None)
+    sharded.to_local().copy_(mine.to_local())
 
 
 class Shared(nn.Module):

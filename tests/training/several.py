@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
@@ -78,6 +78,44 @@ def fsdp(rank: int, world: int, folder: Path) -> Any:
     result = loop(model, tuned, rank, world)
     assert all(parameter.to_local().numel() < parameter.numel() for parameter in model.model.layers[0].parameters())  # type: ignore[union-attr, operator]
     assert not [name for name in model.state_dict() if ".deltaworks." not in name and name not in base_names()]
+    return result
+
+
+def single_full(rank: int, world: int, folder: Path) -> Any:
+    model, tuned = adapted("full", on=["attention", "mlp.down"])
+    return loop(model, tuned, 0, 1)
+
+
+def fsdp_full(rank: int, world: int, folder: Path) -> Any:
+    """Parameters of the base that train and are sharded: trained, switched off and on, saved, and given back."""
+    plain, _ = FAMILIES["llama"]()
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    model, tuned = adapted("full", on=["attention", "mlp.down"])
+    for block in model.model.layers:  # type: ignore[union-attr]
+        fully_shard(block)
+    fully_shard(model)
+    result = loop(model, tuned, rank, world)
+
+    def logits(of: nn.Module) -> Tensor:
+        with torch.no_grad():
+            found = of(input_ids=ROWS[:2]).logits
+        for module in of.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return found
+
+    trained = logits(model)
+    with dw.disable(model):
+        assert torch.equal(logits(model), logits(plain)) and not torch.equal(trained, logits(plain))
+    assert torch.equal(logits(model), trained)
+    dw.save(model, folder / "artifact")
+    if rank == 0:
+        fresh, _ = FAMILIES["llama"]()
+        dw.load(fresh, folder / "artifact")
+        assert torch.equal(logits(fresh), trained)
+    dw.detach(model)
+    after = {name: checkpoint.whole(value.detach()) for name, value in model.state_dict().items()}
+    assert after.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in after.items())
     return result
 
 

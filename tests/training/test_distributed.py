@@ -46,6 +46,15 @@ def test_two_processes_are_one(way: str, tmp_path: Path, expected: Any) -> None:
         torch.testing.assert_close(value, expected[1][name], rtol=1e-3, atol=1e-5)
 
 
+def test_parameters_of_the_base_that_train_may_be_sharded(tmp_path: Path) -> None:
+    losses, tensors = result_of(several.single_full, 1, tmp_path / "one")
+    found, others = result_of(several.fsdp_full, 2, tmp_path / "two")
+    assert found == pytest.approx(losses, rel=1e-5) and losses[-1] < losses[0]
+    assert others.keys() == tensors.keys()
+    for name, value in tensors.items():
+        torch.testing.assert_close(others[name], value, rtol=1e-3, atol=1e-4)
+
+
 def test_rules_decide_alike_in_all_processes(tmp_path: Path) -> None:
     losses, tensors = result_of(several.single_adalora, 1, tmp_path / "one")
     found, others = result_of(several.ddp_adalora, 2, tmp_path / "two")
