@@ -183,6 +183,17 @@ def test_the_page_draws_all_by_itself(browser: Browser, output: Path, width: int
         assert 0 < box[0] <= width and box[1] > 150
 
 
+@pytest.mark.parametrize("width", [1280, 390], ids=["desktop", "phone"])
+def test_names_in_a_picture_of_costs_do_not_cover_each_other(browser: Browser, output: Path, width: int) -> None:
+    browser.open(output / "report.html", width, 850)
+    for cost in COSTS:
+        names = browser.value(f"""[...document.querySelectorAll('#cost-{cost} .annotation-text')]
+            .map((e) => e.getBoundingClientRect()).map((b) => [b.left, b.top, b.right, b.bottom])""")
+        assert names, cost
+        for one, other in itertools.combinations(names, 2):
+            assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1], cost
+
+
 def test_the_page_can_be_read_without_seeing_it(browser: Browser, output: Path) -> None:
     browser.open(output / "report.html", 1280, 850)
     levels = browser.value("[...document.querySelectorAll('h1, h2, h3')].map((h) => Number(h.tagName[1]))")
