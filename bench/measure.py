@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +104,10 @@ def machine() -> dict[str, Any]:
 
     versions = {module.__name__: module.__version__ for module in (torch, transformers)}
     versions["python"] = platform.python_version()
-    for name in ("peft", "trl", "liger_kernel"):
+    for name in ("peft", "trl", "liger_kernel", "lycoris_lora"):
         try:
-            versions[name] = __import__(name).__version__
-        except ImportError:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
             continue
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else _processor()
     return {"device": device, "cores": os.cpu_count(), "versions": versions, "date": datetime.date.today().isoformat()}

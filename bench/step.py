@@ -68,9 +68,18 @@ COMMON: dict[str, Pair] = {
         {"num_virtual_tokens": 20, "prefix_projection": True, "encoder_hidden_size": 512},
     ),
 }
+# Of those of equal meaning in LyCORIS: its settings. Its DoRA fails in bfloat16, its BOFT on an inner width of 2816.
+LYCORIS: dict[str, dict[str, Any]] = {
+    "lora": {"network_module": "lora", "lora_dim": 8, "alpha": 16},
+    "loha": {"network_module": "loha", "lora_dim": 8, "alpha": 8},
+    "lokr": {"network_module": "lokr", "lora_dim": 8, "alpha": 8},
+    "oft": {"network_module": "diag-oft", "lora_dim": 32},
+}
 # Methods that PEFT does not have and whose papers take higher ranks: measured at LoRA's. All others at their defaults,
 # without dropout.
 RANKED = ("inttune", "loldu", "mtlora", "nlora", "qlora", "qr_lora", "slora_structured", "switchlora")
+# LISA draws two blocks of a deep model; of one of two blocks that is all of it.
+LIGHT: dict[str, dict[str, Any]] = {slug: {"rank": 8} for slug in RANKED} | {"lisa": {"layers": 1}}
 UNTARGETED = ("PromptTuningConfig", "PrefixTuningConfig")
 # LoRA once more: with the loss as `deltaworks tune` computes it, without logits, and beside a PEFT whose factors are
 # stored in the base's dtype, where by default they are float32 and the activations are cast to it.
@@ -88,13 +97,15 @@ def sides(shape: dict[str, Any], methods: list[str] | None) -> dict[str, dict[st
     for slug, cls in registry().items():
         if (methods and slug not in methods) or slug == "full":
             continue
-        ours, config, theirs = COMMON.get(slug, ({"rank": 8} if slug in RANKED else {}, "", {}))
+        ours, config, theirs = COMMON.get(slug, (LIGHT.get(slug, {}), "", {}))
         if "dropout" in {field.name for field in dataclasses.fields(cls)}:
             ours = {"dropout": 0.0} | ours
         found[f"ours {slug}"] = shape | {"side": "ours", "method": slug, "settings": ours}
         if config:
             targets = {} if config in UNTARGETED else {"target_modules": LINEAR}
             found[f"peft {slug}"] = shape | {"side": "peft", "config": config, "settings": targets | theirs}
+        if slug in LYCORIS:
+            found[f"lycoris {slug}"] = shape | {"side": "lycoris", "settings": LYCORIS[slug], "targets": LINEAR}
     if "ours lora" in found:
         found[f"ours {LEAN_LOSS}"] = found["ours lora"] | {"loss": "tune"}
         found[f"ours {LOW}"], found[f"peft {LOW}"] = found["ours lora"], found["peft lora"] | {"low": True}
@@ -126,6 +137,10 @@ def rows(samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
                 row["peft"], row["peft_saved"] = ratio(mine, theirs, "seconds"), ratio(mine, theirs, "saved_bytes")
                 row["peft_resident"] = ratio(mine, theirs, "resident_above_base")
                 row["peft_error"] = theirs[0].get("error")
+            others = samples.get(f"lycoris {slug}")
+            if others is not None:
+                row["lycoris"] = ratio(mine, others, "seconds")
+                row["lycoris_saved"] = ratio(mine, others, "saved_bytes")
         found[slug or "full"] = row
     return found
 
@@ -135,6 +150,7 @@ COLUMNS = {
     "time / full": "full",
     "time / PEFT": "peft",
     "saved / PEFT": "peft_saved",
+    "time / LyCORIS": "lycoris",
     "saved / full": "full_saved",
 }
 
@@ -178,11 +194,11 @@ def _mean(found: dict[str, Any], key: str) -> float | None:
 def main() -> None:
     """Run the benchmark and write its results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--shape", choices=SHAPES, default="wide")
     parser.add_argument("--methods", nargs="*")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)

@@ -80,11 +80,26 @@ def adapt(model: nn.Module, settings: dict[str, Any], batch: dict[str, torch.Ten
         method = dw.method(settings["method"], **settings["settings"])
         tuned = dw.attach(model, method, data=[batch] * 2 if method.needs_data else None, seed=0)
         return Side(model, model, tuned.parameters(), tuned)
+    if side == "lycoris":
+        return _lycoris(model, settings)
     import peft
 
     config = getattr(peft, settings["config"])(task_type="CAUSAL_LM", **settings["settings"])
     wrapped: Any = peft.get_peft_model(model, config, autocast_adapter_dtype=not settings.get("low", False))
     return Side(model, wrapped, [parameter for parameter in wrapped.parameters() if parameter.requires_grad])
+
+
+def _lycoris(model: nn.Module, settings: dict[str, Any]) -> Side:
+    from lycoris import LycorisNetwork
+
+    LycorisNetwork.apply_preset({"target_module": [], "target_name": [f"*.{name}" for name in settings["targets"]],
+                                 "use_fnmatch": True})  # fmt: skip
+    model.requires_grad_(False)
+    network = LycorisNetwork(model, dropout=0, rank_dropout=0, module_dropout=0, **settings["settings"])
+    network.apply_to()
+    network.to(device())
+    assert len(network.loras) == len(settings["targets"]) * settings["layers"]
+    return Side(model, model, list(network.parameters()))
 
 
 def loss_of(side: Side, settings: dict[str, Any], batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -23,12 +23,15 @@ def record(**given: Any) -> dict[str, Any]:
     return {"command": "python -m bench", "machine": machine(), "threads": 1, "repeats": 1, "shape": "tiny", **given}
 
 
-@pytest.mark.parametrize("side", ["frozen", "full", "ours", "peft"])
+@pytest.mark.parametrize("side", ["frozen", "full", "ours", "peft", "lycoris"])
 def test_a_step(side: str) -> None:
     settings = SIZE | {"side": side, "steps": 1, "batch": 2, "tokens": 8, "dtype": "bfloat16"}
     settings |= {"method": "lora", "settings": {"rank": 2}}
     if side == "peft":
         settings |= {"config": "LoraConfig", "settings": {"r": 2, "target_modules": LINEAR}}
+    if side == "lycoris":
+        pytest.importorskip("lycoris")
+        settings |= {"targets": LINEAR, "settings": {"network_module": "loha", "lora_dim": 2}}
     figures = step_worker.measure(settings)
     assert finite(figures) and figures["seconds"] > 0 and figures["saved_bytes"] > 0
 
