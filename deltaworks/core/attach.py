@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..model.anatomy import Anatomy, Site, describe
 from ..model.kinds import GRAFT
@@ -169,6 +169,7 @@ def install(
                 f"{item.site.path}.{item.site.parameter} is quantised and cannot be trained itself; "
                 "load the base unquantised, or take a method that adds to it, such as lora"
             )
+    _refuse_apart(model, method, placed)
     keep_differentiable(model)
     _tell_of_dropout(model, placed)
     # Whatever can fail comes before the model is touched.
@@ -219,12 +220,7 @@ def _tell_of_dropout(model: nn.Module, placed: Sequence[Placed]) -> None:
 
 def _home(part: Part, model: nn.Module, site: Site) -> None:
     """Move a part to its module's device; trainable tensors in at least float32, as optimizers need."""
-    path = site.path
-    own = model.get_submodule(path)._parameters.get(site.parameter) if site.parameter else None
-    like = own if own is not None else next(model.get_submodule(path).parameters(), None)
-    while like is None and path:  # a dropout or an activation lives where its surroundings do
-        path = path.rpartition(".")[0]
-        like = next(model.get_submodule(path).parameters(), None)
+    like = _beside(model, site)
     if like is None:
         return
     if any(tensor.device != like.device for tensor in (*part.parameters(), *part.buffers())):
@@ -234,6 +230,34 @@ def _home(part: Part, model: nn.Module, site: Site) -> None:
         for tensor in (*child._parameters.values(), *child._buffers.values()):
             if tensor is not None and tensor.is_floating_point() and tensor.dtype != wanted:
                 tensor.data = tensor.data.to(wanted)
+
+
+def _beside(model: nn.Module, site: Site) -> Tensor | None:
+    """A parameter that lives where the site does; None in a model without any."""
+    path = site.path
+    own = model.get_submodule(path)._parameters.get(site.parameter) if site.parameter else None
+    like = own if own is not None else next(model.get_submodule(path).parameters(), None)
+    while like is None and path:  # a dropout or an activation lives where its surroundings do
+        path = path.rpartition(".")[0]
+        like = next(model.get_submodule(path).parameters(), None)
+    return like
+
+
+def _refuse_apart(model: nn.Module, method: Method, placed: Sequence[Placed]) -> None:
+    """Tensors that parts share are on one device, so the layers that use them must be."""
+    homes: dict[str, set[str]] = {}
+    for item in placed:
+        for key in item.part.borrowed:
+            lent: nn.Module = getattr(item.part, key)
+            like = _beside(model, item.site)
+            if like is not None and any(True for _ in (*lent.parameters(), *lent.buffers())):
+                homes.setdefault(key, set()).add(str(like.device))
+    for key, devices in homes.items():
+        if len(devices) > 1:
+            raise ValueError(
+                f"{method.slug} shares its {key} among layers on {' and '.join(sorted(devices))}; load the base on one "
+                "device, or take a method whose layers share nothing, such as lora"
+            )
 
 
 def _check_name(name: str, state: State) -> None:

@@ -209,3 +209,14 @@ def test_float8_weights_are_read_with_their_scales() -> None:
     del layer.weight_scale_inv
     with pytest.raises(ValueError, match="float8"):
         Weight(layer).matrix()
+
+
+@pytest.mark.parametrize("method", [dw.VeRA(rank=2), dw.VBLoRA(rank=2, vectors=8, length=8)], ids=["vera", "vb_lora"])
+def test_what_layers_share_cannot_be_on_two_devices(method: dw.Method) -> None:
+    model, _ = FAMILIES["llama"]()
+    model.model.layers[1].to("meta")  # stands for a second device, as device_map="auto" makes them
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=f"{method.slug} shares its [a-z]+ among layers on cpu and meta"):
+        dw.attach(model, method)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    dw.attach(model, dw.LoRA(rank=2))
