@@ -143,8 +143,12 @@ def _costs(cell: Summary, given: dict[str, dict[str, str]]) -> Any:
             base = 2 if UNITS.get(cost) == "bytes" else 10
             axes.set_xscale("log", base=base)
             # Powers where there are some, round numbers between the least and the greatest where there are none.
-            many = max(values) > 20 * min(values)
-            axes.xaxis.set_major_locator(LogLocator(base, numticks=4 if base == 2 else 5) if many else MaxNLocator(4))
+            many, one_place = max(values) > 20 * min(values), max(values) < 1.05 * min(values)
+            powers = LogLocator(base, numticks=4 if base == 2 else 5)
+            axes.xaxis.set_major_locator(powers if many else MaxNLocator(3))
+            if one_place:
+                axes.set_xlim(min(values) / 2, max(values) * 2)
+                axes.set_xticks([values[0]])
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _, cost=cost: short(value, UNITS.get(cost, ""))))
             axes.xaxis.set_minor_formatter(NullFormatter())
     for axes in places[len(COSTS) :]:
