@@ -134,11 +134,12 @@ def choices() -> DatasetDict:
     module has too few functions, the others are from the same split.
     """
     splits = {}
-    for split, rows in sets.docstrings().items():
+    for split, held in sets.docstrings().items():
+        rows = held.to_list()
         mates: dict[str, list[str]] = {}
         for row in rows:
             mates.setdefault(row["module"], []).append(row["completion"])
-        everything = rows["completion"][:]
+        everything = [row["completion"] for row in rows]
         made = []
         for row in rows:
             draw = random.Random(row["prompt"] + row["completion"])
