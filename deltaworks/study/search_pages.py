@@ -79,7 +79,8 @@ def tell(found: Found) -> Told:
 
 
 def _best(number: int, one: Best, found: Found) -> Told:
-    values = [row["figures"][found.metric] for row in one.full if (row.get("figures") or {}).get(found.metric)]
+    figures = [(row.get("figures") or {}).get(found.metric) for row in one.full]
+    values = [value for value in figures if value is not None]
     full = bootstrap(values) if values else None
     return {
         "name": f"{number:02d}",

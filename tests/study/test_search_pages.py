@@ -18,7 +18,7 @@ from deltaworks.study.fairness import auc, merits, spread
 from deltaworks.study.page_parts import document
 from deltaworks.study.pareto import Found
 from deltaworks.study.search import search
-from deltaworks.study.search_pages import save, sentences, tell
+from deltaworks.study.search_pages import markdown, save, sentences, tell
 from deltaworks.study.trial import Trial
 
 from .browser import Browser, binary
@@ -88,6 +88,13 @@ def test_what_is_told_is_what_was_found(found: Found) -> None:
     tried = sum(one["configuration"]["size.lora"] > 0 for one in found.trials) / len(found.trials)
     assert by_name["lora"]["tried"] == pytest.approx(tried)
     assert any("24 configurations were tried: 23 done, 1 failed" in one for one in sentences(told))
+
+
+def test_a_figure_of_nought_is_a_figure(folder: Path) -> None:
+    given = wanted(folder, trials=2, full=1)
+    found = search(given, Played(lambda _: {"curve": [0.0]}), folder / "nought")  # type: ignore[arg-type]
+    assert [one["full"]["mean"] for one in tell(found)["best"]] == [0.0] * len(found.best)
+    assert "| 0 | 0 |" in markdown(tell(found), [])
 
 
 def test_what_decides_alone_is_what_matters(folder: Path) -> None:
