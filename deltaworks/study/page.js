@@ -116,7 +116,7 @@
     }
     const arrangement = layout(axis, here.metric);
     if (numbers) Object.assign(arrangement.xaxis, { type: "log", tickvals: values.map(Number), ticktext: values });
-    else Object.assign(arrangement.xaxis, { type: "category", categoryorder: "array", categoryarray: values });
+    else Object.assign(arrangement.xaxis, { type: "category", categoryorder: "array", categoryarray: values, tickangle: "auto" });
     plot.setAttribute("aria-label", `${here.metric} by ${axis}: ${told.join("; ") || "nothing is chosen"}.`);
     draw(`axis-${number}`, traces, arrangement);
   }

@@ -15,6 +15,8 @@ MARKERS = {
 }  # fmt: skip
 LINES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 INCH = 3.2
+LETTERS = 32
+"""Letters that have room below a picture; names that have more stand aslant."""
 
 
 def pictures(summary: Summary, folder: Path) -> list[Path]:
@@ -235,6 +237,10 @@ def _line(axis: str, cells: list[Summary], given: dict[str, dict[str, str]]) -> 
     if across is numbers:
         axes.set_xscale("log")
     axes.set_xticks(across, values, minor=False)
+    if across is not numbers and sum(map(len, values)) > LETTERS:
+        axes.tick_params(axis="x", labelrotation=30, labelsize=8)
+        for label in axes.get_xticklabels():
+            label.set(ha="right", rotation_mode="anchor")
     axes.minorticks_off()
     rest = ", ".join(f"{other} {value}" for other, value in cells[0]["place"].items() if other != axis)
     if rest:
