@@ -16,7 +16,7 @@ from torch import nn
 
 import deltaworks as dw
 from deltaworks.adapters.peft import KINDS
-from tests.adapters.adapted import family, logits, move, ours_to_both, refused, theirs_to_ours_to_theirs
+from tests.adapters.adapted import assert_agree, family, logits, move, ours_to_both, refused, theirs_to_ours_to_theirs
 from tests.families import FAMILIES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -91,6 +91,24 @@ def test_what_peft_saves_we_load_and_what_we_save_of_it_peft_loads(case: str, tm
     if config.peft_type != peft.PeftType.GLORA:
         fresh = dw.attach(family(name, torch.float64)[0], tuned.method, seed=0)
         assert [p.shape for p in fresh.parameters()] == [p.shape for p in tuned.parameters() if not is_bias(tuned, p)]
+
+
+def test_a_core_of_one_axis_is_read_and_written(tmp_path: Path) -> None:
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv1d(12, 32, 3), nn.Conv1d(32, 9, 1)).double()
+
+    x = torch.randn(2, 12, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    config = peft.LoKrConfig(target_modules=["0", "1"], r=2, alpha=8, use_effective_conv2d=True)
+    theirs: Any = peft.get_peft_model(made(), config).double().eval()  # type: ignore[arg-type]
+    move([value for value in theirs.parameters() if value.requires_grad], 0.3)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    ours = made()
+    dw.load(ours, tmp_path / "theirs")
+    assert_agree(ours(x), theirs(x), made()(x))
+    dw.save(ours, tmp_path / "ours", format="peft")
+    again: Any = peft.PeftModel.from_pretrained(made(), str(tmp_path / "ours")).double().eval()  # type: ignore[arg-type]
+    assert_agree(again(x), theirs(x), made()(x))
 
 
 def is_bias(tuned: dw.Tuned, parameter: nn.Parameter) -> bool:
