@@ -15,8 +15,9 @@ from torch.profiler import ProfilerActivity, profile
 import deltaworks as dw
 from deltaworks.core.registry import make
 from deltaworks.model.loading import TASKS, load_meta
+from deltaworks.nursery import base_path
 from deltaworks.study.memory import free, parse, shown
-from deltaworks.study.plan import USUAL, Machine, gauge, plan, warning
+from deltaworks.study.plan import USUAL, Machine, gauge, likely_task, plan, warning
 from deltaworks.training.head import head_of, next_token_loss
 from deltaworks.training.recipe import Recipe
 
@@ -325,6 +326,20 @@ def test_data_say_how_long_batches_are() -> None:
     assert made.lengths.tokens == pytest.approx(4 * sum(lengths) / len(lengths), rel=0.05)
     assert 0 < made.lengths.padding < 1 and 0 < made.lengths.supervised < 1
     assert made.forecasts[0].peak < plan(recipe, search=False).forecasts[0].peak
+
+
+def test_choices_are_planned_as_the_sequences_they_are() -> None:
+    from deltaworks.training.tune import read_data
+
+    rows = {"base": "nursery:decoder", "data": "nursery:choices", "limit": 40, "batch_size": 2, "max_length": 64}
+    recipe = Recipe.of(rows)
+    prepared = read_data(recipe)[3]
+    lengths = prepared.train["lengths"][:]
+    made = plan(recipe, [make("lora")], prepared=prepared, search=False)
+    assert (made.work.task, made.work.batch_size, made.lengths.sequences) == ("multiple-choice", 8, 4)
+    assert made.work.length == made.lengths.longest == max(map(max, lengths)) <= 64
+    assert made.lengths.tokens == pytest.approx(2 * sum(map(sum, lengths)) / len(lengths), rel=0.1)
+    assert likely_task(str(base_path("decoder")), recipe) == "causal-lm", "a decoder is made for text"
 
 
 def test_a_plan_of_a_large_base_needs_little_memory_itself(tmp_path) -> None:
