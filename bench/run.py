@@ -17,6 +17,7 @@ from .step import SHAPES
 
 GOALS = {"seconds": 0.75, "resident_above_base": 0.6}
 FIGURES = ("seconds", "whole_seconds", "cpu_seconds", "resident_above_base", "cuda_peak", "supervised", "loss")
+PATHS = ("base", "data", "validation", "folder")  # of the machine, no part of a record
 # name -> what differs from the settings that both sides share
 SETTINGS: dict[str, dict[str, Any]] = {
     "padded": {},
@@ -136,7 +137,7 @@ def main() -> None:
         "command": " ".join(["python -m bench.run", *sys.argv[1:]]),
         "machine": machine(),
         "shape": options.shape,
-        "settings": common | {"rows": options.rows},
+        "settings": {key: value for key, value in common.items() if key not in PATHS} | {"rows": options.rows},
         "threads": options.threads,
         "repeats": options.repeats,
         "goals": GOALS,

@@ -200,11 +200,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--layers", type=int, help="instead of the shape's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--name", default="step")
     options = parser.parse_args()
     settings = SHAPES[options.shape] | {key: getattr(options, key) for key in ("steps", "batch", "tokens", "dtype")}
+    settings |= {"layers": options.layers} if options.layers else {}
     chosen = sides(settings, options.methods)
     samples = interleaved("bench.step_worker", chosen, options.repeats, options.threads, forked)
     found = rows(samples)
