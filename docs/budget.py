@@ -146,8 +146,8 @@ def page(record: dict[str, Any]) -> str:
         "gradient in the first layers). Written by `python docs/budget.py`.",
         "",
         "So few steps at one learning rate rank neither methods nor papers: the table says what each costs, and that "
-        "it learns. FourierFT's is above the base's because its coefficients do not begin at zero, at a scale meant for "
-        "layers of 768 and more; this base is 256 wide, and begins at 8.8.",
+        "it learns. FourierFT's loss is above the base's because its coefficients do not begin at zero, at a scale "
+        "meant for layers of 768 and more; on this base, 256 wide, it begins at 8.8.",
         "",
     ]
     for family in FAMILIES:
