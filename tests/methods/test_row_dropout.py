@@ -70,11 +70,29 @@ def test_where_nothing_passes_beside_the_weight_dropout_says_that_it_cannot_act(
             dw.detach(dw.attach(model, method(on=nn.Conv2d, row_dropout=0.5)).model)
 
 
+def base_model(kind: type, inner: int, out: int) -> nn.Sequential:
+    """A convolution with a kernel of three points an axis, then one with a single point; the same at every call."""
+    torch.manual_seed(0)
+    return nn.Sequential(kind(6, inner, 3, padding=1), kind(inner, out, 1)).double()
+
+
+def assert_learnt_stored_and_merged(tuned, fresh: nn.Sequential, x: torch.Tensor, expected: torch.Tensor, tmp_path) -> None:
+    """The first layer's change is as expected, has gradients, comes back from its file and merges."""
+    model, weight = tuned.model, fresh[0].weight.detach().clone()
+    assert torch.allclose(next(tuned.parts()).dense().view_as(weight), expected)
+    beside = model(x)
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(beside.square().sum(), tuned.parameters()))
+    dw.save(model, tmp_path / "adapter")
+    dw.load(fresh, tmp_path / "adapter")
+    assert torch.allclose(fresh(x), beside)
+    dw.merge(model)
+    assert torch.allclose(model(x), beside) and torch.allclose(model[0].weight, weight + expected)
+
+
 @pytest.mark.parametrize("init", ["peft", "lycoris"])
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
 def test_a_convolution_may_have_cores(kind: type, init: str, tmp_path) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(kind(6, 8, 3, padding=1), kind(8, 5, 1)).double()
+    model = base_model(kind, 8, 5)
     x = torch.randn(2, 6, *[7] * (model[0].weight.dim() - 2), dtype=torch.float64)
     base = model(x)
     weight = model[0].weight.detach().clone()
@@ -91,24 +109,13 @@ def test_a_convolution_may_have_cores(kind: type, init: str, tmp_path) -> None:
         for t, a, b in ((cored.t1, cored.a1, cored.b1), (cored.t2, cored.a2, cored.b2))
     ]
     expected = 1.5 * products[0] * products[1]
-    assert torch.allclose(cored.dense().view_as(weight), expected)
-    beside = model(x)
-    grads = torch.autograd.grad(beside.square().sum(), tuned.parameters())
-    assert all(g.abs().sum() > 0 for g in grads)
-    dw.save(model, tmp_path / "adapter")
-    torch.manual_seed(0)
-    fresh = nn.Sequential(kind(6, 8, 3, padding=1), kind(8, 5, 1)).double()
-    dw.load(fresh, tmp_path / "adapter")
-    assert torch.allclose(fresh(x), beside)
-    dw.merge(model)
-    assert torch.allclose(model(x), beside) and torch.allclose(model[0].weight, weight + expected)
+    assert_learnt_stored_and_merged(tuned, base_model(kind, 8, 5), x, expected, tmp_path)
 
 
 @pytest.mark.parametrize("init", ["peft", "lycoris"])
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
 def test_a_factor_of_a_convolution_may_have_a_core(kind: type, init: str, tmp_path) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(kind(6, 16, 3, padding=1), kind(16, 9, 1)).double()
+    model = base_model(kind, 16, 9)
     x = torch.randn(2, 6, *[7] * (model[0].weight.dim() - 2), dtype=torch.float64)
     base, weight = model(x), model[0].weight.detach().clone()
     method = dw.LoKr(on=kind, rank=1, alpha=3.0, tucker=True, init=init)
@@ -123,13 +130,4 @@ def test_a_factor_of_a_convolution_may_have_a_core(kind: type, init: str, tmp_pa
     nudge(tuned, 0.3)
     second = torch.einsum("ij...,io,jc->oc...", cored.t2.view(1, 1, *weight.shape[2:]), cored.w2_a, cored.w2_b)
     expected = 3.0 * torch.kron(cored.w1.view(4, 2, *[1] * (second.dim() - 2)), second)
-    assert torch.allclose(cored.dense().view_as(weight), expected)
-    beside = model(x)
-    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(beside.square().sum(), tuned.parameters()))
-    dw.save(model, tmp_path / "adapter")
-    torch.manual_seed(0)
-    fresh = nn.Sequential(kind(6, 16, 3, padding=1), kind(16, 9, 1)).double()
-    dw.load(fresh, tmp_path / "adapter")
-    assert torch.allclose(fresh(x), beside)
-    dw.merge(model)
-    assert torch.allclose(model(x), beside) and torch.allclose(model[0].weight, weight + expected)
+    assert_learnt_stored_and_merged(tuned, base_model(kind, 16, 9), x, expected, tmp_path)

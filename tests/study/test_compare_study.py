@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from deltaworks.study.recommend import Limits, kept, plan_on, recommend, table
 from deltaworks.study.spec import Study, amount
 from deltaworks.study.summary import COSTS, summarise
 
-from .browser import Browser, binary
+from .browser import Browser
 from .work import places, study
 
 
@@ -156,15 +155,6 @@ def test_a_task_without_prompts_has_no_examples_in_them_and_a_new_head_forgets_n
 
 
 # The page
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if binary() is None:
-        pytest.skip("no Chromium is installed (apt-get install chromium)")
-    made = Browser()
-    yield made
-    made.close()
 
 
 @pytest.mark.parametrize("width", [1280, 390], ids=["desktop", "phone"])

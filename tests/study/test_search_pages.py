@@ -6,7 +6,6 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from deltaworks.study.search import search
 from deltaworks.study.search_pages import markdown, save, sentences, tell
 from deltaworks.study.trial import Trial
 
-from .browser import Browser, binary
+from .browser import Browser
 from .searching import Played, size_of, wanted
 
 HOSTILE = "</script><script>window.taken = 1</script>"
@@ -177,15 +176,6 @@ def test_pictures_and_markdown_are_there(output: Path, found: Found) -> None:
 
 
 # The page
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if binary() is None:
-        pytest.skip("no Chromium is installed (apt-get install chromium)")
-    made = Browser()
-    yield made
-    made.close()
 
 
 @pytest.mark.parametrize("width", [1280, 390], ids=["desktop", "phone"])

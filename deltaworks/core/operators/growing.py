@@ -100,7 +100,7 @@ class _Observed(torch.autograd.Function):
         if ctx.delta.watch is not None:
             g, x = gradients[0].reshape(-1, gradients[0].shape[-1]), x.reshape(-1, x.shape[-1])
             q, p = (factor.detach().to(g.dtype) for factor in ctx.delta.factors())
-            for rows in torch.arange(len(p)).split(max(1, CHUNK // x.shape[1])):
-                some = slice(int(rows[0]), int(rows[-1]) + 1)
-                ctx.delta.watch(p[some] @ q, g[:, some].T @ x, len(p) * x.shape[1])
+            step = max(1, CHUNK // x.shape[1])
+            for low in range(0, len(p), step):
+                ctx.delta.watch(p[low : low + step] @ q, g[:, low : low + step].T @ x, len(p) * x.shape[1])
         return gradients[0], None, None
