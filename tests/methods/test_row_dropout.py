@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -76,7 +78,9 @@ def base_model(kind: type, inner: int, out: int) -> nn.Sequential:
     return nn.Sequential(kind(6, inner, 3, padding=1), kind(inner, out, 1)).double()
 
 
-def assert_learnt_stored_and_merged(tuned, fresh: nn.Sequential, x: torch.Tensor, expected: torch.Tensor, tmp_path) -> None:
+def assert_learnt_stored_and_merged(
+    tuned: dw.Tuned, fresh: nn.Sequential, x: torch.Tensor, expected: torch.Tensor, tmp_path: Path
+) -> None:
     """The first layer's change is as expected, has gradients, comes back from its file and merges."""
     model, weight = tuned.model, fresh[0].weight.detach().clone()
     assert torch.allclose(next(tuned.parts()).dense().view_as(weight), expected)
