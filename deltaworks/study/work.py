@@ -196,7 +196,6 @@ def _untrained(trial: Trial, recipe: Recipe, opened: Opened) -> Row:
         raise ValueError(f"{recipe.data}: nothing is held out to look at; give validation a share, a file or a split")
     if trial.kind == "context":
         prepared = _with_examples(trial, recipe, opened)
-    opened.model.requires_grad_(False)  # as under a method: a frozen head skips positions that have no target
     opened.memory.forget()
     figures = held_out(opened.model, prepared, recipe.batch_size, opened.device)
     peak = opened.memory.bytes()

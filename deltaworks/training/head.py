@@ -98,14 +98,15 @@ def _asked(model: nn.Module) -> bool:
 def head_of(model: nn.Module) -> nn.Linear | None:
     """The head, if the loss may be computed without its logits; None where the model's own loss must be asked.
 
-    It must be an ordinary linear layer that nothing changes or trains, and its output must be the logits.
+    It must be an ordinary linear layer that nothing changes or trains, and its output must be the logits. Where no
+    gradients are computed, nothing trains.
     """
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     config = getattr(model, "config", None)
     if type(head) is not nn.Linear or not is_ordinary(head.weight) or config is None:
         return None
-    if head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad):
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters()):
         return None
     if "forward" in head.__dict__ or head._forward_hooks or head._forward_pre_hooks:
         return None

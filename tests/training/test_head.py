@@ -62,6 +62,8 @@ def test_nothing_as_wide_as_the_vocabulary_is_kept() -> None:
 def test_a_head_that_is_trained_changed_or_followed_by_more_is_left_to_the_model() -> None:
     model, _ = FAMILIES["llama"]()
     assert head_of(model) is None, "the head of an unfrozen model trains"
+    with torch.no_grad():
+        assert head_of(model) is not None, "where nothing trains, neither does the head"
     dw.attach(model, dw.LoRA(rank=2, on=["lm_head"]))
     assert head_of(model) is None
     dw.detach(model)
