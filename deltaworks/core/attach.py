@@ -20,7 +20,7 @@ from ..model.anatomy import Anatomy, Site, describe
 from ..model.kinds import GRAFT
 from ..model.weights import Weight, consumes, is_quantised, keep_differentiable
 from .experts import PerExpert
-from .graft import Switchboard, graft, graft_of, introduce, ungraft
+from .graft import Switchboard, graft, graft_of, introduce, still, ungraft, vacate
 from .method import Batches, Method, Placed, weight_at
 from .operators.low_rank import LowRank
 from .part import Delta, Part, Shared, Trained
@@ -182,12 +182,14 @@ def install(
         state.flags = {path: parameter.requires_grad for path, parameter in model.named_parameters()}
         model.requires_grad_(False)
         model.__dict__["_deltaworks"] = state
+        still(model, state.board)
     places = []
     for item in placed:
         module = model.get_submodule(item.site.path)
         uncalled = [item.site.parameter] if not item.site.called and item.site.parameter else []
-        graft(module, state.board, uncalled).add(name, item.label, item.part)
-        item.part.train(module.training)
+        found = graft(module, state.board, uncalled)
+        found.add(name, item.label, item.part)
+        item.part.train(found.training)
         places.append((item.site.path, item.label))
         if isinstance(item.part, Trained):
             parameter = module.get_parameter(item.site.parameter or "weight")
@@ -543,13 +545,15 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
             found = graft_of(module)
             if found is not None and one in found._modules:
                 del found._modules[one]
-                if not found._modules:
-                    ungraft(module)
+                vacate(module)
         del state.adapters[one]
     if state.board.enabled:
         _enter(model, active)
     state.board.active = active
     if not state.adapters:
+        for module in list(model.modules()):
+            if graft_of(module) is not None:
+                ungraft(module)
         for path, parameter in model.named_parameters():
             if path in state.flags:
                 parameter.requires_grad_(state.flags[path])

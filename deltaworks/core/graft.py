@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from ..model.anatomy import Site
+from ..model.kinds import has_statistics
 from ..model.weights import CONVOLUTIONS, Weight, consumes, dequantised, is_ordinary, is_quantised
 from .attention import Attending, attended
 from .operators.effective import effective_linear, folded
@@ -479,6 +480,11 @@ def swapped(base: type, parameters: tuple[str, ...] = ()) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._modules["deltaworks"].run(self, functools.partial(base.forward, self), args, kwargs)  # type: ignore[attr-defined]
 
+    def train(self: Any, mode: bool = True) -> Any:
+        base.train(self, mode)  # type: ignore[attr-defined]
+        self.training = mode and not has_statistics(self)
+        return self
+
     def reduce(self: Any, protocol: Any) -> Any:
         return _revive, (base, parameters), self.__getstate__()
 
@@ -490,6 +496,7 @@ def swapped(base: type, parameters: tuple[str, ...] = ()) -> type:
 
     members: dict[str, Any] = {
         "forward": functools.wraps(base.forward)(forward),  # type: ignore[attr-defined]
+        "train": functools.wraps(base.train)(train),  # type: ignore[attr-defined]
         "__reduce_ex__": reduce,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -520,10 +527,22 @@ def graft(module: nn.Module, board: Switchboard, uncalled: Sequence[str] = ()) -
         found = Graft(board)
         module.__class__ = swapped(type(module), tuple(uncalled))
         module.add_module("deltaworks", found)
+        module.train(module.training)
     elif uncalled:
         base, known = type(module)._deltaworks_base, type(module)._deltaworks_uncalled  # type: ignore[attr-defined]
         module.__class__ = swapped(base, tuple(dict.fromkeys((*known, *uncalled))))
     return found
+
+
+def still(model: nn.Module, board: Switchboard) -> None:
+    """Let norms with running statistics use those of the base, for training as for use, and not move them.
+
+    They are no parameters: an adapter does not hold them, and without them it would act on another model. A graft
+    that need not hold any part does it, which keeps the mode that the norm would be in.
+    """
+    for module in list(model.modules()):
+        if has_statistics(module):
+            graft(module, board)
 
 
 def introduce(model: nn.Module, sites: Iterable[Site]) -> None:
@@ -541,5 +560,15 @@ def introduce(model: nn.Module, sites: Iterable[Site]) -> None:
 
 def ungraft(module: nn.Module) -> None:
     """Set the module's class back and drop its graft."""
+    mode = module._modules["deltaworks"].training  # type: ignore[union-attr]
     module.__class__ = type(module)._deltaworks_base  # type: ignore[attr-defined]
     del module._modules["deltaworks"]
+    if has_statistics(module):
+        module.training = mode
+
+
+def vacate(module: nn.Module) -> None:
+    """Drop a graft that holds no part any more, unless it keeps a norm still."""
+    found = graft_of(module)
+    if found is not None and not found._modules and not has_statistics(module):
+        ungraft(module)

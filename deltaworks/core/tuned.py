@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attach import State, named_parts, state_of
-from .graft import graft_of, ungraft
+from .graft import graft_of, vacate
 from .method import Method
 from .part import Part, Shared, Trained
 from .rule import Rule, Rules, Run
@@ -147,8 +147,7 @@ class Tuned:
             del found._modules[self.name]
         found.__dict__.pop("_known", None)  # what it remembers of what acts
         adapter.places.remove((path, label))
-        if not len(found._modules):
-            ungraft(module)
+        vacate(module)
         self._forget()
 
     def _forget(self) -> None:

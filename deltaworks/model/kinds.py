@@ -62,6 +62,11 @@ def own(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters(recurse=False, remove_duplicate=False))
 
 
+def has_statistics(module: nn.Module) -> bool:
+    """A norm that keeps running statistics of what it reads: a batch norm, or an instance norm that tracks."""
+    return isinstance(module, _NormBase) and module.running_mean is not None
+
+
 def experts_shapes(module: nn.Module) -> dict[str, tuple[int, int, int]]:
     """The 3-D parameters (experts first) of a module that holds its experts fused; empty for any other module."""
     if is_conv(module) or is_linear(module) or isinstance(module, ParametrizationList):

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import HubStrategy
@@ -197,8 +196,6 @@ class DeltaworksMixin(_Base):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        if self._stepping:
-            self._keep_statistics()
         result = super().compute_loss(
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
@@ -210,15 +207,6 @@ class DeltaworksMixin(_Base):
         if isinstance(result, tuple):
             return (result[0] + share * penalty.to(result[0].device), *result[1:])
         return result + share * penalty.to(result.device)
-
-    def _keep_statistics(self) -> None:
-        """Batch norms use the base's running statistics, for training as for use, and do not move them.
-
-        They are no parameters: an adapter does not hold them, and without them it would act on another model.
-        """
-        for module in self.model.modules():  # type: ignore[union-attr]
-            if isinstance(module, _NormBase) and module.running_mean is not None:
-                module.eval()
 
     def _scaled(self, num_items: Any) -> bool:
         """Whether `compute_loss` gives a share of the window's loss, as the trainer itself decides it."""
