@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -71,9 +72,12 @@ class Rule:
 
     Class attributes:
         owns_step: the rule replaces forward, backward and optimizer step by `own_step`.
+        memory: attributes that must survive a restart, `held.smoothed` for one of an object that the rule holds; each
+            is a generator, a tensor, a plain value or a container of them, kept under the last piece of its name.
     """
 
     owns_step: ClassVar[bool] = False
+    memory: ClassVar[tuple[str, ...]] = ()
 
     def attached(self, run: Run) -> None:
         """The adapter is in the model and the run is planned (`total_steps` is known, no step made)."""
@@ -113,12 +117,36 @@ class Rule:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that must survive a restart: tensors and plain values."""
-        return {}
+        kept = {_key(path): attrgetter(path)(self) for path in self.memory}
+        return {key: v.get_state() if isinstance(v, torch.Generator) else v for key, v in kept.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up `state_dict`'s content."""
-        if state:
-            raise ValueError(f"{type(self).__name__} keeps no state but was given {sorted(state)}")
+        """Take up `state_dict`'s content.
+
+        Raises:
+            ValueError: when it is not this rule's.
+        """
+        if set(state) != {_key(path) for path in self.memory}:
+            wanted = sorted(_key(path) for path in self.memory) or "no state"
+            raise ValueError(f"{type(self).__name__} keeps {wanted} but was given {sorted(state)}")
+        for path in self.memory:
+            value = attrgetter(path)(self)
+            if isinstance(value, torch.Generator):
+                value.set_state(state[_key(path)])
+            else:
+                holder, _, name = path.rpartition(".")
+                setattr(attrgetter(holder)(self) if holder else self, name, _copied(state[_key(path)]))
+
+
+def _key(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _copied(value: Any) -> Any:
+    """Containers anew, so that a rule does not write into the state it was given; tensors as they are."""
+    if isinstance(value, dict):
+        return {key: _copied(one) for key, one in value.items()}
+    return type(value)(_copied(one) for one in value) if type(value) in (list, tuple) else value
 
 
 class Rules:

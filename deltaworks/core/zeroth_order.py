@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ class ZerothOrder(Rule):
     """
 
     owns_step = True
+    memory = ("log", "generator")
 
     def __init__(self, eps: float, *, weight_decay: float = 0.0) -> None:
         self.eps, self.weight_decay = eps, weight_decay
@@ -87,13 +88,6 @@ class ZerothOrder(Rule):
             if self.weight_decay and parameter.dim() > 1:
                 parameter.mul_(1 - lr * rate * self.weight_decay)
             parameter.add_(z, alpha=-lr * rate * slope)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"log": self.log, "generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.log = [(int(seed), float(slope), float(lr)) for seed, slope, lr in state["log"]]
-        self.generator.set_state(state["generator"])
 
 
 def _moving(tuned: Tuned) -> Moving:

@@ -9,7 +9,6 @@ Use it when the budget is tight and layers differ; it needs to know how long the
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +67,8 @@ class Budget(Rule):
         sensitivity: of the entries of every tensor, smoothed, and its uncertainty.
     """
 
+    memory = ("sensitivity.smoothed",)
+
     def __init__(self, method: AdaLoRA) -> None:
         self.method = method
         self.sensitivity = Sensitivity(method.beta1, method.beta2)
@@ -102,6 +103,9 @@ class Budget(Rule):
 
     def attached(self, run: Run) -> None:
         self.phases(run)
+
+    def resumed(self, run: Run) -> None:
+        self.masked = None
 
     @torch.no_grad()
     def step_end(self, run: Run) -> None:
@@ -154,12 +158,6 @@ class Budget(Rule):
         if run.step > self.phases(run)[0]:
             for _, p, l, q in triplets(run.tuned):
                 compact(p, l, q, run.optimizer)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"smoothed": self.sensitivity.smoothed}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sensitivity.smoothed, self.masked = dict(state["smoothed"]), None
 
 
 def triplets(tuned: Tuned) -> Iterator[tuple[str, nn.Parameter, nn.Parameter, nn.Parameter]]:

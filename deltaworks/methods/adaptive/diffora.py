@@ -65,6 +65,8 @@ class Selection(Rule):
         thetas_made: steps that the thetas have made.
     """
 
+    memory = ("chosen", "moments", "thetas_made")
+
     def __init__(self, method: DiffoRA) -> None:
         self.method = method
         self.chosen: list[str] | None = None
@@ -167,13 +169,6 @@ class Selection(Rule):
         if self.chosen is not None and any(gated(run.tuned)):
             with torch.no_grad():
                 self._discretise(run)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"chosen": self.chosen, "moments": self.moments, "thetas_made": self.thetas_made}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.chosen, self.thetas_made = state["chosen"], state["thetas_made"]
-        self.moments = {name: (pair[0], pair[1]) for name, pair in state["moments"].items()}
 
 
 def drawn(shape: torch.Size, generator: torch.Generator) -> Tensor:

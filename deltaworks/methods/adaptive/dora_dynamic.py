@@ -8,8 +8,6 @@ matrices; the authors' code builds every component, and drops one at the first s
 Use it as AdaLoRA, with less to keep: no gradient enters a score.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -64,6 +62,8 @@ class Window(Rule):
         scores: by part, the smoothed share of every component.
         masked: by part, which components are out for good, once the window has ended.
     """
+
+    memory = ("scores", "masked")
 
     def __init__(self, method: DynamicDoRA) -> None:
         self.method = method
@@ -124,12 +124,6 @@ class Window(Rule):
         if self.masked:
             for _, p, l, q in triplets(run.tuned):
                 compact(p, l, q, run.optimizer)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"scores": self.scores, "masked": self.masked}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.scores, self.masked = dict(state["scores"]), dict(state["masked"])
 
 
 @torch.no_grad()

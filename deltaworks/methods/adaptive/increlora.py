@@ -98,6 +98,8 @@ class Growth(Rule):
         newcomers: when each term began.
     """
 
+    memory = ("importance.smoothed", "newcomers.births")
+
     def __init__(self, method: IncreLoRA) -> None:
         self.method = method
         self.importance = Importance(method.beta1, method.beta2)
@@ -181,13 +183,6 @@ class Growth(Rule):
             each: list[Any] = part.each() if isinstance(part, PerExpert) else [part]
             made = [one.final() for one in each]
             run.tuned.exchange(name, PerExpert(made) if isinstance(part, PerExpert) else made[0])
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"smoothed": self.importance.smoothed, "births": self.newcomers.births}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.importance.smoothed = {name: (pair[0], pair[1]) for name, pair in state["smoothed"].items()}
-        self.newcomers.births = {key: list(births) for key, births in state["births"].items()}
 
 
 def growing(tuned: Tuned) -> Iterator[tuple[str, Any]]:

@@ -83,6 +83,8 @@ class Strips(Rule):
         previous: by part, the norm of its core over its blocks at the last check.
     """
 
+    memory = ("previous",)
+
     def __init__(self, method: TriAdaptLoRA) -> None:
         self.method = method
         self.previous: dict[str, float] = {}
@@ -138,12 +140,6 @@ class Strips(Rule):
     def penalty(self, run: Run) -> Tensor | None:
         pairs = ((part.b, part.a) for _, part in layers(run.tuned))
         return self.method.gamma * orthogonality(pairs) if self.method.gamma else None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"previous": self.previous}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.previous = dict(state["previous"])
 
 
 def layers(tuned: Tuned) -> Iterator[tuple[str, Any]]:

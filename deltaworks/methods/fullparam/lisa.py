@@ -52,6 +52,8 @@ class LayerSampling(Rule):
         active: indices of the blocks that train at present, ascending; empty before the first draw.
     """
 
+    memory = ("active", "generator")
+
     def __init__(self, layers: int, period: int, *, keep: bool) -> None:
         self.layers, self.period, self.keep = layers, period, keep
         self.active: list[int] = []
@@ -61,6 +63,9 @@ class LayerSampling(Rule):
     def attached(self, run: Run) -> None:
         # The flags change only at the first step: an optimizer that is made between takes in every parameter.
         self.generator.manual_seed(run.seed)
+
+    def resumed(self, run: Run) -> None:
+        self._blocks = None  # so that the next step switches the blocks
 
     def step_begin(self, run: Run) -> None:
         draw = run.step % self.period == 0
@@ -97,11 +102,3 @@ class LayerSampling(Rule):
                     parameter = owner.get_parameter(part.site.parameter or "weight")
                     self._blocks.setdefault(part.site.block, []).append(parameter)
         return self._blocks
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"active": self.active, "generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.active = list(state["active"])
-        self.generator.set_state(state["generator"])
-        self._blocks = None

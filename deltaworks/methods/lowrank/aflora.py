@@ -10,7 +10,6 @@ Use it as a VeRA of low rank that learns its projections: it ends at `rank + out
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +68,8 @@ class Freezing(Rule):
         sums: of |gradient| since the last score, by name, and how many steps they hold.
         sensitivity: of every factor's entries, by name.
     """
+
+    memory = ("frozen", "sums", "window", "sensitivity.smoothed")
 
     def __init__(self, method: AFLoRA) -> None:
         self.method = method
@@ -141,14 +142,6 @@ class Freezing(Rule):
         self.sums.pop(name, None)
         if name not in self.frozen:
             self.frozen.append(name)
-
-    def state_dict(self) -> dict[str, Any]:
-        smoothed = self.sensitivity.smoothed
-        return {"frozen": self.frozen, "sums": self.sums, "window": self.window, "smoothed": smoothed}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.frozen, self.window = list(state["frozen"]), state["window"]
-        self.sums, self.sensitivity.smoothed = dict(state["sums"]), dict(state["smoothed"])
 
 
 def matrices(tuned: Tuned) -> Iterator[tuple[str, nn.Parameter]]:

@@ -80,6 +80,8 @@ class Knots(Rule):
         tied: number of finished links.
     """
 
+    memory = ("tied",)
+
     def __init__(self, ranks: list[int], restart: bool) -> None:
         self.ranks, self.links, self.restart, self.tied = ranks, len(ranks), restart, 0
         self._rates: list[float] | None = None
@@ -130,12 +132,6 @@ class Knots(Rule):
     def resumed(self, run: Run) -> None:
         for _, (a, b) in tensors_of(run.tuned.named_parts(), LowRank, "a", "b"):
             narrow(a, b, self.ranks[self.tied])
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"tied": self.tied}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.tied = state["tied"]
 
 
 def narrow(a: nn.Parameter, b: nn.Parameter, rank: int) -> None:

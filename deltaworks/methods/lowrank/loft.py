@@ -11,8 +11,6 @@ for these tensors and keeps no state for them.
 Use it where LoRA falls short of full fine-tuning at a very low rank; the state is `rank (rank + 1) (in + out)`.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -63,6 +61,8 @@ class FullAdam(Rule):
         moments: by factor's name: `m` (`n x r`), `s` (`n x r x r`), and the partner they were measured with.
         calls: how many steps were made.
     """
+
+    memory = ("calls", "moments")
 
     def __init__(self, method: LoFT) -> None:
         self.method = method
@@ -133,12 +133,6 @@ class FullAdam(Rule):
             g = over(g, torch.linalg.cholesky(gram + damp * torch.eye(gram.shape[-1]).to(gram)))
             total += float(((g @ gram) * g).sum())
         return min(1.0, self.method.clip / (max(total, 0.0) ** 0.5 + 1e-6))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"calls": self.calls, "moments": self.moments}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.calls, self.moments = state["calls"], {name: dict(kept) for name, kept in state["moments"].items()}
 
 
 def twice(stack: Tensor, carry: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ Use it to pre-train, or to fine-tune at length, with a low-rank optimizer state;
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +84,8 @@ class Switching(Rule):
             `next` (pool's and factor's pointers), and Adam's state, vector by vector.
     """
 
+    memory = ("sides", "generator")
+
     def __init__(self, method: SwitchLoRA) -> None:
         self.method = method
         self.sides: dict[str, row_adam.State] = {}
@@ -150,13 +151,6 @@ class Switching(Rule):
 
     def finished(self, run: Run) -> None:
         self.sides = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"sides": self.sides, "generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sides = {name: dict(side) for name, side in state["sides"].items()}
-        self.generator.set_state(state["generator"])
 
 
 def pairs(tuned: Tuned) -> Iterator[tuple[str, dict[str, Tensor]]]:

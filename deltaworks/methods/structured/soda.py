@@ -85,6 +85,8 @@ class Stiefel(Rule):
         steps: number of steps made.
     """
 
+    memory = ("moments", "steps")
+
     def __init__(self, method: SODA) -> None:
         self.method = method
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}
@@ -117,12 +119,6 @@ class Stiefel(Rule):
                 "lower the learning rate if there are many",
                 stacklevel=2,
             )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"moments": self.moments, "steps": self.steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.moments, self.steps = dict(state["moments"]), state["steps"]
 
 
 def rotations(tuned: Tuned) -> Iterator[tuple[str, nn.Parameter]]:
