@@ -23,17 +23,21 @@ def stepped(length: int) -> int:
 
 
 def longest(*splits: Dataset | None) -> int:
-    """Tokens in the longest row."""
+    """Tokens in the longest sequence; a row is one, or several where it says their `lengths`."""
     kernels: Any = pc  # whose functions are made at import
-    found = [kernels.max(kernels.list_value_length(s.data.column("input_ids"))).as_py() for s in splits if s]
-    return max(found)
+    found = []
+    for split in filter(None, splits):
+        several = "lengths" in split.column_names
+        column = split.data.column("lengths" if several else "input_ids")
+        found.append(kernels.max(kernels.list_flatten(column) if several else kernels.list_value_length(column)))
+    return max(one.as_py() for one in found)
 
 
 class StepwiseCollator:
     """Pads a batch to the next of few lengths, but not above `bound`.
 
     - `collator`: one that pads `input_ids` and has the attribute `pad_to_multiple_of`.
-    - `bound`: the longest row of the data, which the base must take anyway.
+    - `bound`: the longest sequence of the data, which the base must take anyway.
     """
 
     def __init__(self, collator: Callable[..., Any], bound: int):
@@ -41,7 +45,7 @@ class StepwiseCollator:
         self.bound = bound
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        length = max(len(row["input_ids"]) for row in rows)
-        # A multiple that no row exceeds is the length itself.
+        length = max(max(row.get("lengths") or [len(row["input_ids"])]) for row in rows)
+        # A multiple that no sequence exceeds is the length itself.
         self.collator.pad_to_multiple_of = max(length, min(stepped(length), self.bound))
         return self.collator(rows)

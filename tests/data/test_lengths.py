@@ -3,7 +3,7 @@
 import torch
 from datasets import Dataset
 
-from deltaworks.data.collate import num_supervised_tokens
+from deltaworks.data.collate import ChoiceCollator, num_supervised_tokens
 from deltaworks.data.lengths import StepwiseCollator, longest, stepped
 from deltaworks.data.packing import PackedCollator, pack, padding_collator
 
@@ -39,3 +39,11 @@ def test_packed_rows_keep_their_documents() -> None:
     assert longest(packed, None) == 37
     assert batch["position_ids"][0, :37].tolist() == [*range(20), *range(17)]
     assert num_supervised_tokens(batch) == 44
+
+
+def test_choices_are_as_long_as_the_longest_of_them_not_as_all_together() -> None:
+    asked = Dataset.from_list([row | {"lengths": [20, 45], "answer": 0} for row in rows(65, 65)])
+    assert longest(asked) == 45
+    batch = StepwiseCollator(ChoiceCollator(0), 60)(list(asked))
+    assert batch["input_ids"].shape == (4, 60)
+    assert batch["attention_mask"].sum(1).tolist() == [20, 45, 20, 45]

@@ -17,6 +17,8 @@ from deltaworks.study.trial import Trial
 from deltaworks.study.work import perform
 from deltaworks.training import Recipe, tune
 from deltaworks.training.choices import Choices
+from deltaworks.training.evaluation import batches
+from deltaworks.training.tune import open_run
 from tests.data.tokenizers_from_nothing import byte_level
 from tests.training.conftest import prepared_base
 
@@ -171,6 +173,20 @@ def test_the_size_of_the_window_does_not_scale_the_loss(places: dict[str, Any], 
         keys = {"accumulation": accumulation, "batch_size": size, "output": str(tmp_path / str(size))}
         losses[size] = tune(Recipe.of(places, quiet, keys)).metrics["losses"][0][1]
     assert losses[24] == pytest.approx(losses[6], rel=0.05), "the mean over four parts, up to their tokens"
+
+
+def test_half_precision_on_a_cpu_meets_few_lengths(places: dict[str, Any], tmp_path: Path) -> None:
+    """For every length of a batch such products are compiled anew, and kept."""
+    file = tmp_path / "long.jsonl"
+    rows = [question(index) | {"prompt": " ".join(["w1"] * (1 + index))} for index in range(60)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lengths = {}
+    for dtype in ("float32", "bfloat16"):
+        opened = open_run(Recipe.of(places, {"data": str(file), "dtype": dtype, "output": str(tmp_path / dtype)}))
+        made = batches(opened.prepared.train, opened.prepared.collator, 1, "cpu")
+        lengths[dtype] = {batch["input_ids"].shape[1] for batch in made}
+    assert len(lengths["float32"]) > 20
+    assert len(lengths["bfloat16"]) == 2 and max(lengths["bfloat16"]) == max(lengths["float32"])
 
 
 def test_the_plain_loss_is_another_one(places: dict[str, Any], tmp_path: Path) -> None:
