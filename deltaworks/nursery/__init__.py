@@ -27,6 +27,7 @@ BASES = ("decoder", "encoder", "seq2seq", "vision", "conv", "moe", "ssm", "decod
          "decoder-facts")  # fmt: skip
 CODE = ("functions", "summaries", "tests", "programs", "defects", "clones", "search")
 DATA = ("docstrings", "packages", "digits", "holidays", "choices", "profile", "new-facts", "changed-facts", *CODE)
+DESCRIBED = ("docstrings", "packages", "choices")  # reading all documentation takes seconds: kept once made
 NAMES = BASES + DATA
 PREFIX = "nursery:"
 
@@ -90,7 +91,9 @@ def data(name: str) -> DatasetDict:
     given, _, package = name.partition("/")
     bare = _known(given, "data set", DATA)
     from deltaworks.nursery import code_sets, knowledge, label_sets, profile_sets, sets
+    from deltaworks.nursery.kept import kept_set
 
     if package:
         return (profile_sets if bare in profile_sets.SETS else code_sets).group(bare, package)
-    return (sets.SETS | code_sets.SETS | label_sets.SETS | profile_sets.SETS | knowledge.SETS)[bare]()
+    make = (sets.SETS | code_sets.SETS | label_sets.SETS | profile_sets.SETS | knowledge.SETS)[bare]
+    return kept_set(bare, make) if bare in DESCRIBED else make()

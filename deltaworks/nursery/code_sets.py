@@ -17,14 +17,9 @@ are of all modules. `module` is the top-level package of a row, and `group` give
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-import os
-import platform
 import re
 import sysconfig
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -37,6 +32,7 @@ from deltaworks.nursery import corpus, rewriting, sets
 from deltaworks.nursery import functions as sources
 from deltaworks.nursery import programs as made
 from deltaworks.nursery.functions import Function, functions
+from deltaworks.nursery.kept import kept
 
 Row = dict[str, Any]
 
@@ -144,26 +140,8 @@ def _draw(text: str) -> int:
 
 
 def _kept(name: str) -> list[Row]:
-    """The rows of a set in the order of their hash, from the cache if an equal program has made them before.
-
-    Every run of a study is a process of its own, and reading the library takes each of them seconds.
-    """
-    from deltaworks.nursery.bases import cache
-
-    files = [Path(module.__file__ or "") for module in (corpus, sets, sources, rewriting)] + [Path(__file__)]
-    code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    version = _hash(f"{code} {platform.python_version()} {sysconfig.get_path('stdlib')}")[:16]
-    place = cache() / "nursery" / f"{name}-{version}.json"
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(place.read_text(encoding="utf-8"))
-    rows = sorted(_once(ROWS[name]()), key=lambda row: _hash(row["key"]))
-    with contextlib.suppress(OSError):  # what cannot be kept is made again
-        place.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=place.parent, prefix=f".{name}-")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(rows, file)
-        os.replace(temporary, place)
-    return rows
+    """The rows of a set in the order of their hash."""
+    return kept(name, lambda: sorted(_once(ROWS[name]()), key=lambda row: _hash(row["key"])))
 
 
 def _once(rows: Iterable[Row]) -> list[Row]:

@@ -10,6 +10,11 @@ from difflib import SequenceMatcher
 
 from .sandbox import passes
 
+EXECUTED = "passes"
+"""The figure that what is generated must be run for."""
+GENERATED = ("exact_match", "similarity", "chrf", "parses", EXECUTED)
+"""Figures of what is generated."""
+
 
 def exact_match(reference: str, generated: str) -> float:
     """1 when the texts are the same but for white space around them."""
@@ -67,4 +72,4 @@ def scores(samples: Sequence[Mapping[str, str]], *, execute: bool = False) -> di
     means = {name: total / len(samples) for name, total in found.items()}
     tested = [passes(one["prompt"], one["generated"]) for one in samples] if execute else []
     passed = [one for one in tested if one is not None]
-    return means | ({"passes": sum(passed) / len(passed)} if passed else {})
+    return means | ({EXECUTED: sum(passed) / len(passed)} if passed else {})

@@ -49,6 +49,18 @@ def test_waves_and_transform_agree_in_outputs_and_gradients() -> None:
         assert torch.allclose(a, b)
 
 
+@pytest.mark.parametrize(("fan_out", "fan_in", "n"), [(33, 64, 200), (64, 33, 200), (7, 9, 63), (1, 6, 3)])
+def test_tables_of_half_precision_make_the_same_matrix_and_gradient(fan_out: int, fan_in: int, n: int) -> None:
+    delta = spectral(fan_out, fan_in, n, alpha=fan_out * fan_in / 4)
+    weight, change = torch.randn(2, fan_out, fan_in, dtype=torch.float64).bfloat16()
+    expected = weight.double() + delta.dense()
+    made = delta.built(weight)
+    assert (made - expected).norm() < 8e-3 * expected.norm()
+    (wanted,) = torch.autograd.grad(delta.dense(), delta.c, change.double())
+    (found,) = delta.pulled(weight, change.clone())
+    assert (found - wanted).norm() < 2e-2 * wanted.norm()
+
+
 def test_few_waves_are_applied_without_keeping_anything_wide() -> None:
     model, x = net(64, 48, 40)
     tuned = attach(model, dw.FourierFT, n=3)

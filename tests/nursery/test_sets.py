@@ -4,9 +4,11 @@ import ast
 import sys
 
 import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from deltaworks import nursery
 from deltaworks.nursery import corpus
+from deltaworks.nursery.kept import kept_set
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +92,16 @@ def test_a_base_is_not_data_and_data_is_not_a_base():
         nursery.data("decoder")
     with pytest.raises(ValueError, match="no base 'docstrings'"):
         nursery.base("docstrings")
+
+
+def test_a_set_is_the_same_made_and_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("DELTAWORKS_CACHE", str(tmp_path))
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    rows = {"text": ["é", "b\n"], "label": [1, 0]}
+    sets = DatasetDict({split: Dataset.from_dict(rows, features=features) for split in ("train", "validation")})
+    made = []
+    found = [kept_set("poems", lambda: made.append(1) or sets) for _ in range(2)]
+    assert made == [1] and list((tmp_path / "nursery").glob("poems-*.json"))
+    for one in found:
+        assert list(one) == ["train", "validation"]
+        assert one["train"].features == features and one["train"][:] == rows

@@ -2,8 +2,9 @@
 
 `dW[p, q] = scale / (out in) * sum_l c_l cos(2 pi (p j_l / out + q k_l / in))`. Many entries: one real inverse transform
 builds the matrix, whose gradient is one real transform; in half precision products with tables of waves do, of a
-quarter of the matrix, as every wave is even or odd along each side. Few entries: a sum of `2 n` waves is a product of
-two thin tables, which are made on the spot from the entries and never kept.
+quarter of the matrix, as every wave is even or odd along each side, and along the wider side by looking up the waves
+that there are. Few entries: a sum of `2 n` waves is a product of two thin tables, which are made on the spot from the
+entries and never kept.
 """
 
 from __future__ import annotations
@@ -60,14 +61,10 @@ class Spectral(Scaled, Built):
     def built(self, weight: Tensor) -> Tensor:
         if not self._by_products(weight.dtype):
             return self.fold(weight)
-        (cos_rows, sin_rows), (cos, sin) = self._tables(weight)
-        places, signs = self._grid()
-        values = self.c.detach()
-        grid = values.new_zeros(2, len(cos_rows) * len(cos))
-        grid[0].index_add_(0, places, values)
-        grid[1].index_add_(0, places, values * signs)
-        grid = grid.to(weight.dtype).view(2, len(cos_rows), len(cos))
-        even, odd = cos_rows.T @ (grid[0] @ cos), sin_rows.T @ (grid[1] @ sin)
+        even, odd = (
+            wave.T @ sums if self._rows_narrower else sums.T @ wave
+            for wave, sums in zip(self._waves_of(self._narrow, weight), self._sums(weight, self.c.detach()), strict=True)
+        )
         made, factor = weight.clone(memory_format=torch.contiguous_format), self.scale / (self.fan_out * self.fan_in)
         for part, turns in ((even + odd, ((), (0, 1))), (even.sub_(odd), ((0,), (1,)))):
             for dims in turns:
@@ -83,38 +80,77 @@ class Spectral(Scaled, Built):
             with torch.enable_grad():
                 made = self.dense()
             return torch.autograd.grad(made, (self.c,), change.to(made.dtype))
-        (cos_rows, sin_rows), (cos, sin) = self._tables(change)
-        places, signs = self._grid()
-        first = cos_rows @ _folded(_folded(change, 0, 1), 1, 1) @ cos.T
-        second = sin_rows @ _folded(_folded(change, 0, -1), 1, -1) @ sin.T
-        found, signed = (part.flatten()[places].to(self.c.dtype) for part in (first, second))
-        return ((found + signed * signs).mul_(self.scale / (self.fan_out * self.fan_in)),)
+        with torch.enable_grad():
+            sums = self._sums(change, self.c)
+        found = []
+        for wave, sign in zip(self._waves_of(self._narrow, change), (1, -1), strict=True):
+            quarter = _folded(_folded(change, 0, sign), 1, sign)
+            found.append(wave @ (quarter if self._rows_narrower else quarter.T))
+        (gradient,) = torch.autograd.grad(sums, self.c, found)
+        return (gradient.mul_(self.scale / (self.fan_out * self.fan_in)),)
+
+    @property
+    def _rows_narrower(self) -> bool:
+        return self.fan_out <= self.fan_in
+
+    @property
+    def _narrow(self) -> int:
+        return min(self.fan_out, self.fan_in)
+
+    @property
+    def _wide(self) -> int:
+        return max(self.fan_out, self.fan_in)
 
     def _by_products(self, dtype: torch.dtype) -> bool:
-        """Whether dense products with tables of waves are cheaper than a transform, which half precision lacks."""
+        """Whether products with tables of waves are cheaper than a transform, which half precision lacks."""
         if dtype.itemsize > 2:
             return False
-        # As measured on CPUs with matrix units: 450 multiplications in the time of a third of a step of the transform.
-        return (self.fan_out + self.fan_in) / 4 < 450 * 0.3 * math.log2(self.fan_out * self.fan_in)
+        # As measured on CPUs with matrix units: 450 multiplications in the time of a third of a step of the transform;
+        # a wave that is looked up and added costs as much as 25.
+        multiplications = self._narrow / 4 + 25 * self.c.shape[-1] / self._narrow
+        return multiplications < 450 * 0.3 * math.log2(self.fan_out * self.fan_in)
 
-    def _tables(self, like: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Cosines and sines over the first half of the rows and of the columns."""
-        return _waves(self.fan_out, like.dtype, like.device), _waves(self.fan_in, like.dtype, like.device)
+    def _waves_of(self, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        return _waves(size, like.dtype, like.device)
 
-    def _grid(self) -> tuple[Tensor, Tensor]:
-        """Where each entry stands among the waves of not more than half the rows and columns, and the sine's sign."""
+    def _sums(self, like: Tensor, c: Tensor) -> list[Tensor]:
+        """For each frequency of the narrower side, the sum of the waves that meet it on the wider one, times their `c`.
+
+        Cosines, then sines; `frequencies x half of the wider side`, differentiable in `c`.
+        """
+        order, starts, frequencies, signs = self._meetings()
+        values = c[order]
+        return [
+            nn.functional.embedding_bag(frequencies, wave, starts, mode="sum", per_sample_weights=one.to(like.dtype))
+            for wave, one in zip(self._waves_of(self._wide, like), (values, values * signs), strict=True)
+        ]
+
+    def _meetings(self) -> tuple[Tensor, ...]:
+        """The entries in the order of their frequency on the narrower side.
+
+        Returns:
+            that order; where each frequency of the narrower side starts in it; the frequencies on the wider side; the
+            signs of the sines.
+        """
         rows, columns = self.fan_out, self.fan_in
 
-        def folded(entries: Tensor) -> tuple[Tensor, Tensor]:
+        def table(entries: Tensor) -> Tensor:
             j, k = entries.long() // columns, entries.long() % columns
             # An entry and its mirror image through the origin are the same wave.
             mirrored = j > rows // 2
             j, k = torch.where(mirrored, rows - j, j), torch.where(mirrored, -k % columns, k)
             high = k > columns // 2
-            return j * _padded(columns) + torch.where(high, columns - k, k), 2 * high.long() - 1
+            k = torch.where(high, columns - k, k)
+            narrow, wide = (j, k) if self._rows_narrower else (k, j)
+            order = narrow.argsort(stable=True)
+            return torch.stack([order, narrow[order], wide[order], 2 * high.long()[order] - 1])
 
-        places = constant(self.entries, torch.int64, lambda entries: folded(entries)[0], "places")
-        return places, constant(self.entries, self.c.dtype, lambda entries: folded(entries)[1], "signs")
+        def starts(entries: Tensor) -> Tensor:
+            frequencies = torch.arange(_padded(self._narrow), device=entries.device)
+            return torch.searchsorted(table(entries)[1].contiguous(), frequencies)
+
+        order, _, frequencies, signs = constant(self.entries, torch.int64, table, "meetings")
+        return order, constant(self.entries, torch.int64, starts, "starts"), frequencies, signs
 
     def prefers_side(self, tokens: int, weight: Weight) -> bool:
         return 8 * self.c.shape[-1] < min(self.fan_out, self.fan_in)
@@ -143,7 +179,12 @@ def _far(matrix: Tensor, half: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """The second half of a matrix along a dimension, and what a first half has at the mirrored places."""
     near = half.shape[dim]
     rest = matrix.shape[dim] - near
-    return matrix.narrow(dim, near, rest), half.narrow(dim, 1, rest).flip(dim)
+    return matrix.narrow(dim, near, rest), _mirrored(half.narrow(dim, 1, rest), dim)
+
+
+def _mirrored(matrix: Tensor, dim: int) -> Tensor:
+    # Integers are turned several times faster than numbers of half precision.
+    return matrix.view(torch.int16).flip(dim).view(matrix.dtype)
 
 
 def _folded(matrix: Tensor, dim: int, sign: int) -> Tensor:
@@ -151,7 +192,7 @@ def _folded(matrix: Tensor, dim: int, sign: int) -> Tensor:
     near = matrix.shape[dim] // 2 + 1
     half = matrix.narrow(dim, 0, near).clone()
     rest = matrix.shape[dim] - near
-    half.narrow(dim, 1, rest).add_(matrix.narrow(dim, near, rest).flip(dim), alpha=sign)
+    half.narrow(dim, 1, rest).add_(_mirrored(matrix.narrow(dim, near, rest), dim), alpha=sign)
     return half
 
 
