@@ -7,7 +7,7 @@ mapped over the stack, so no page knows that experts exist.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -111,20 +111,14 @@ class PerExpert(Delta):
         return torch.vmap(lambda own, w: functional_call(call, {**own, **lent}, (w,)))(self._own(), weight)
 
 
-def of_kind(parts: Iterable[tuple[str, Part]], *kinds: type[Part]) -> Iterator[tuple[str, Any]]:
-    """Those of some named parts that are of a kind, or stacks of it, which hold each tensor under its own name."""
-    names = {kind.__name__ for kind in kinds}
-    for name, part in parts:
-        if (part.kind if isinstance(part, PerExpert) else type(part).__name__) in names:
-            yield name, part
+def kind_of(part: Part) -> str:
+    """The name of a part's class; of a stack, that of what it stacks, whose tensors it holds under their own names."""
+    return part.kind if isinstance(part, PerExpert) else type(part).__name__
 
 
-def tensors_of(
-    parts: Iterable[tuple[str, Part]], kind: type[Part], *keys: str
-) -> Iterator[tuple[str, tuple[nn.Parameter, ...]]]:
-    """Some parameters of each named part of a kind, with the part's name; stacks hold theirs along a leading axis."""
-    for name, part in of_kind(parts, kind):
-        yield name, tuple(part.get_parameter(key) for key in keys)
+def mapped(part: Any, change: Callable[[Any], Delta]) -> Delta:
+    """What a change makes of a delta; of a stack, the stack of what it makes of each."""
+    return PerExpert([change(one) for one in part.each()]) if isinstance(part, PerExpert) else change(part)
 
 
 def setting(part: Part, key: str, default: Any = None) -> Any:

@@ -34,10 +34,28 @@ class Sensitivity:
         spread = spread.to(score) * self.beta2 + (1 - self.beta2) * (score - mean).abs()
         self.smoothed[name] = mean, spread
 
-    def importance(self, name: str) -> Tensor | None:
-        """Smoothed score times its smoothed deviation, entry by entry; None for what was never observed."""
-        found = self.smoothed.get(name)
-        return None if found is None else found[0] * found[1]
+    def importance(self, name: str, tensor: Tensor) -> Tensor:
+        """Smoothed score times its smoothed deviation, entry by entry of a tensor; zero where it was never observed."""
+        if name not in self.smoothed:
+            return torch.zeros_like(tensor)
+        mean, spread = self.smoothed[name]
+        return (mean * spread).to(tensor.device)
+
+
+def lowest(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """The `count` entries of lowest score over all tensors, as masks of these; equal ones in the order of the tensors.
+
+    Args:
+        scores: by name, on any devices.
+        count: of entries in all.
+    """
+    if not scores:
+        return {}
+    flat = torch.cat([score.flatten().cpu() for score in scores.values()])
+    chosen = torch.zeros(len(flat), dtype=torch.bool)
+    chosen[flat.argsort(stable=True)[:count]] = True
+    masks = chosen.split([score.numel() for score in scores.values()])
+    return {name: mask.view_as(scores[name]).to(scores[name].device) for name, mask in zip(scores, masks, strict=True)}
 
 
 class Importance:

@@ -1,5 +1,5 @@
-"""Initial values. All are drawn on the CPU from the global generator, which `attach` seeds, so that the same seed gives
-the same adapter on any device.
+"""Initial values. All are drawn on the CPU, so that the same seed gives the same adapter on any device; without a
+generator from the global one, which `attach` seeds.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from ..model.weights import Weight
 
 
-def kaiming(*shape: int) -> Tensor:
+def kaiming(*shape: int, generator: torch.Generator | None = None) -> Tensor:
     """Kaiming uniform with a = sqrt(5): U(-1/sqrt(fan_in), 1/sqrt(fan_in)), fan_in the last dimension."""
-    return uniform(*shape, bound=1 / math.sqrt(shape[-1]))
+    return uniform(*shape, bound=1 / math.sqrt(shape[-1]), generator=generator)
 
 
 def kaiming_relu(*shape: int) -> Tensor:
@@ -25,14 +25,14 @@ def kaiming_relu(*shape: int) -> Tensor:
     return uniform(*shape, bound=math.sqrt(6 / shape[-1]))
 
 
-def uniform(*shape: int, bound: float) -> Tensor:
+def uniform(*shape: int, bound: float, generator: torch.Generator | None = None) -> Tensor:
     """U(-bound, bound)."""
-    return torch.rand(*shape).mul_(2 * bound).sub_(bound)
+    return torch.rand(*shape, generator=generator).mul_(2 * bound).sub_(bound)
 
 
-def normal(*shape: int, std: float = 1.0) -> Tensor:
+def normal(*shape: int, std: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
     """N(0, std^2)."""
-    return torch.randn(*shape) * std
+    return torch.randn(*shape, generator=generator) * std
 
 
 def zeros(*shape: int) -> Tensor:

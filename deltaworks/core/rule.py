@@ -8,6 +8,7 @@ in `transformers.Trainer` and in TRL's trainers; `Run` is what it sees of either
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -56,6 +57,10 @@ class Run:
                 "run(..., optimizer=...)"
             )
         return {id(parameter): group for group in self.optimizer.param_groups for parameter in group["params"]}
+
+    def generator(self, name: str) -> torch.Generator:
+        """A generator of this step's own for something in the adapter, so that a resumed run draws the same."""
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {self.step} {name}".encode()))
 
     @property
     def sampled(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attach import State, named_parts, state_of
+from .experts import kind_of
 from .graft import graft_of, vacate
 from .method import Method
 from .part import Part, Shared, Trained
@@ -106,6 +107,15 @@ class Tuned:
     def named_parts(self) -> Iterator[tuple[str, Part]]:
         """`<module path>.<label>` and part."""
         return named_parts(self.model, self.name)
+
+    def of_kind(self, *kinds: type[Part]) -> Iterator[tuple[str, Any]]:
+        """Name and part of the parts of some kinds, stacks of them included."""
+        names = {kind.__name__ for kind in kinds}
+        return ((name, part) for name, part in self.named_parts() if kind_of(part) in names)
+
+    def tensors_of(self, kind: type[Part], *keys: str) -> Iterator[tuple[str, tuple[nn.Parameter, ...]]]:
+        """Name and some parameters of the parts of a kind; stacks hold theirs along a leading axis."""
+        return ((name, tuple(part.get_parameter(key) for key in keys)) for name, part in self.of_kind(kind))
 
     def exchange(self, name: str, part: Part, shared: Mapping[str, Shared] | None = None) -> None:
         """Put a part into the place of another, as one that trained in another form than it serves.

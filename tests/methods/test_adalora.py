@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import deltaworks as dw
-from deltaworks.methods.adaptive.adalora import Budget, triplets
+from deltaworks.core.ranks import triplets
+from deltaworks.methods.adaptive.adalora import Budget
 from tests.families import FAMILIES
 from tests.methods.toys import attach, net, nudge, part, steps
 

@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 import deltaworks as dw
-from deltaworks.core.experts import of_kind
 from deltaworks.core.operators.triangular import Triangular
 from deltaworks.core.operators.triplet import compact
-from deltaworks.methods.adaptive.adalora import triplets
+from deltaworks.core.ranks import triplets
 from tests.families import FAMILIES
 from tests.methods.resuming import trained
 from tests.methods.toys import attach, net, nudge, steps
@@ -32,7 +31,7 @@ every = pytest.mark.parametrize("slug", METHODS)
 def ranks(tuned: dw.Tuned) -> list[int]:
     """The rank of every part as it is stored."""
     found = {name: l.shape[-1] for name, _, l, _ in triplets(tuned)}
-    found |= {name: part.a.shape[-2] for name, part in of_kind(tuned.named_parts(), Triangular)}
+    found |= {name: part.a.shape[-2] for name, part in tuned.of_kind(Triangular)}
     return [found[name] for name, _ in tuned.named_parts()]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import deltaworks as dw
-from deltaworks.methods.adaptive.adalora import triplets
+from deltaworks.core.ranks import triplets
 from deltaworks.methods.adaptive.dora_dynamic import shares
 from tests.methods.toys import attach, net, nudge, part, steps
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import deltaworks as dw
-from deltaworks.methods.adaptive.adalora import triplets
+from deltaworks.core.ranks import triplets
 from tests.methods.toys import attach, net, nudge, part, steps
 
 SETTINGS = {"width": 4, "init_rank": 3, "target_rank": 1, "t_init": 4, "t_final": 8, "alpha": 3.0}

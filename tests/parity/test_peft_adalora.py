@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import deltaworks as dw
-from deltaworks.methods.adaptive.adalora import triplets
+from deltaworks.core.ranks import triplets
 from tests.methods.toys import net
 from tests.parity.twins import assert_equal, layer, twins
 

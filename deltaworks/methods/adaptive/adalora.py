@@ -8,20 +8,18 @@ norms (the paper sums squares); unlike there, ties are broken by position, so th
 Use it when the budget is tight and layers differ; it needs to know how long the run is.
 """
 
-from collections.abc import Iterator
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...core import fields
-from ...core.experts import PerExpert, of_kind
-from ...core.importance import Sensitivity
+from ...core import fields, ranks
+from ...core.importance import Sensitivity, lowest
 from ...core.init import normal, zeros
 from ...core.method import WeightMethod
-from ...core.operators.triplet import Triplet, compact, orthogonality
-from ...core.operators.two_planes import TwoPlanes
+from ...core.operators.triplet import Triplet, orthogonality
+from ...core.ranks import triplets
 from ...core.registry import method
 from ...core.rule import Rule, Run
+from ...core.schedules import cubic, window
 from ...core.tuned import Tuned
 from ...model.weights import Weight
 
@@ -75,31 +73,16 @@ class Budget(Rule):
         self.masked: dict[str, Tensor] | None = None  # the final choice, once it is made
 
     def phases(self, run: Run) -> tuple[int, int]:
-        """Steps before the budget falls, and the step from which on it is the target's.
-
-        Raises:
-            ValueError: when the run is too short for both.
-        """
-        total = run.total_steps
-        first, last = run.steps(self.method.t_init), run.steps(self.method.t_final)
-        if first + last >= max(total, 1):
-            raise ValueError(
-                f"{self.method.slug}: t_init and t_final take {first} and {last} steps; "
-                f"their sum must be below the run's {total}"
-            )
-        return first, total - last
+        """Steps before the budget falls, and the step from which on it is the target's."""
+        return window(run, t_init=self.method.t_init, t_final=self.method.t_final)
 
     def budget(self, step: int, run: Run) -> tuple[int, bool]:
         """How many triplets may be non-zero after this step, and whether to mask now."""
         first, final = self.phases(run)
-        ranks = [l.numel() for _, _, l, _ in triplets(run.tuned)]
-        start, target = sum(ranks), sum(ranks) * self.method.target_rank // self.method.init_rank
-        if step <= first:
-            return start, False
-        if step > final:
-            return target, True
-        left = 1 - (step - first) / (final - first)
-        return int(target + (start - target) * left**3), step % self.method.interval == 0
+        start = sum(l.numel() for _, _, l, _ in triplets(run.tuned))
+        target = start * self.method.target_rank // self.method.init_rank
+        due = step > final or (step > first and step % self.method.interval == 0)
+        return int(target + (start - target) * cubic(step, first, final)), due
 
     def attached(self, run: Run) -> None:
         self.phases(run)
@@ -115,13 +98,12 @@ class Budget(Rule):
         allowed, mask = self.budget(run.step, run)
         if mask:
             chosen = self.masked if self.masked is not None else self._lowest(run.tuned, allowed)
-            for name, _, l, _ in triplets(run.tuned):
-                l.masked_fill_(chosen[name], 0.0)
+            ranks.switch_off(run.tuned, chosen)
             if run.step > final:
                 self.masked = chosen
         if run.sampled:
             run.record("budget", allowed)
-            run.record("ranks", {name: int((l != 0).sum()) for name, _, l, _ in triplets(run.tuned)})
+            ranks.record(run)
 
     def _observe(self, tuned: Tuned) -> None:
         for name, *tensors in triplets(tuned):
@@ -131,39 +113,20 @@ class Budget(Rule):
 
     def scores(self, tuned: Tuned) -> dict[str, Tensor]:
         """Importance of every triplet, by part: that of l plus the means of those of its p and q."""
-
-        def score(name: str, w: Tensor) -> Tensor:
-            found = self.sensitivity.importance(name)
-            return torch.zeros_like(w) if found is None else found.to(w.device)
-
+        of = self.sensitivity.importance
         return {
-            name: score(f"{name}.l", l) + score(f"{name}.p", p).mean(-2) + score(f"{name}.q", q).mean(-1)
+            name: of(f"{name}.l", l) + of(f"{name}.p", p).mean(-2) + of(f"{name}.q", q).mean(-1)
             for name, p, l, q in triplets(tuned)
         }
 
     def _lowest(self, tuned: Tuned, allowed: int) -> dict[str, Tensor]:
         scores = self.scores(tuned)
-        flat = torch.cat([score.flatten().cpu() for score in scores.values()])
-        out = torch.zeros(len(flat), dtype=torch.bool)
-        out[flat.argsort(stable=True)[: len(flat) - allowed]] = True
-        parts = out.split([score.numel() for score in scores.values()])
-        return {n: part.view_as(s).to(s.device) for (n, s), part in zip(scores.items(), parts, strict=True)}
+        return lowest(scores, sum(score.numel() for score in scores.values()) - allowed)
 
     def penalty(self, run: Run) -> Tensor | None:
-        if not self.method.gamma:
-            return None
-        return self.method.gamma * orthogonality((p, q) for _, p, _, q in triplets(run.tuned))
+        pairs = ((p, q) for _, p, _, q in triplets(run.tuned))
+        return self.method.gamma * orthogonality(pairs) if self.method.gamma else None
 
     def finished(self, run: Run) -> None:
         if run.step > self.phases(run)[0]:
-            for _, p, l, q in triplets(run.tuned):
-                compact(p, l, q, run.optimizer)
-
-
-def triplets(tuned: Tuned) -> Iterator[tuple[str, nn.Parameter, nn.Parameter, nn.Parameter]]:
-    """Name, P, l, Q of every part (of nested ones the inner factors); fused experts hold theirs stacked."""
-    names = {Triplet.__name__: ("p", "l", "q"), TwoPlanes.__name__: ("left", "e", "right")}
-    for name, part in of_kind(tuned.named_parts(), Triplet, TwoPlanes):
-        kind = part.kind if isinstance(part, PerExpert) else type(part).__name__
-        p, l, q = (part.get_parameter(key) for key in names[kind])
-        yield name, p, l, q
+            ranks.drop(run.tuned, run.optimizer)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...core import fields
-from ...core.experts import PerExpert, of_kind
+from ...core.experts import PerExpert
 from ...core.init import kaiming, zeros
 from ...core.method import WeightMethod
 from ...core.moments import refuse_sharing, regroup
@@ -184,4 +184,4 @@ def kind(part: Any) -> str:
 
 def gated(tuned: Tuned) -> Iterator[tuple[str, Any]]:
     """Name and part of every layer that is still searched."""
-    return of_kind(tuned.named_parts(), Gated)
+    return tuned.of_kind(Gated)

@@ -11,15 +11,16 @@ Use it as AdaLoRA, with less to keep: no gradient enters a score.
 import torch
 from torch import Tensor
 
-from ...core import fields
+from ...core import fields, ranks
+from ...core.importance import lowest
 from ...core.init import kaiming_relu, zeros
 from ...core.method import WeightMethod
-from ...core.operators.triplet import Triplet, compact
+from ...core.operators.triplet import Triplet
+from ...core.ranks import triplets
 from ...core.registry import method
 from ...core.rule import Rule, Run
 from ...core.tuned import Tuned
 from ...model.weights import Weight
-from .adalora import triplets
 
 
 @method("dora_dynamic", paper="2405.17357", family="adaptive")
@@ -94,23 +95,14 @@ class Window(Rule):
                 self.scores[name] = self.method.smoothing * before + (1 - self.method.smoothing) * share
             count = self.pruned(run.step, run)
             if count is not None:
-                chosen = self._lowest(count)
-                for name, _, l, _ in triplets(run.tuned):
-                    l.masked_fill_(chosen[name].to(l.device), 0.0)
+                chosen = lowest(self.scores, count)
+                ranks.switch_off(run.tuned, chosen)
                 if run.step == end:
                     self.masked = chosen
         else:
-            for name, _, l, _ in triplets(run.tuned):
-                l.masked_fill_(self.masked[name].to(l.device), 0.0)
+            ranks.switch_off(run.tuned, self.masked)
         if run.sampled:
-            run.record("ranks", {name: int((l != 0).sum()) for name, _, l, _ in triplets(run.tuned)})
-
-    def _lowest(self, count: int) -> dict[str, Tensor]:
-        flat = torch.cat([score.flatten().cpu() for score in self.scores.values()])
-        out = torch.zeros(len(flat), dtype=torch.bool)
-        out[flat.argsort(stable=True)[:count]] = True
-        parts = out.split([score.numel() for score in self.scores.values()])
-        return {name: part.view_as(score) for (name, score), part in zip(self.scores.items(), parts, strict=True)}
+            ranks.record(run)
 
     def penalty(self, run: Run) -> Tensor | None:
         if not self.method.beta or run.step >= self.window(run)[1]:
@@ -122,8 +114,7 @@ class Window(Rule):
 
     def finished(self, run: Run) -> None:
         if self.masked:
-            for _, p, l, q in triplets(run.tuned):
-                compact(p, l, q, run.optimizer)
+            ranks.drop(run.tuned, run.optimizer)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core import fields
-from ...core.experts import PerExpert, of_kind
+from ...core.experts import PerExpert
 from ...core.importance import Importance
 from ...core.init import normal, zeros
 from ...core.method import WeightMethod
@@ -187,7 +187,7 @@ class Growth(Rule):
 
 def growing(tuned: Tuned) -> Iterator[tuple[str, Any]]:
     """Name and part of every layer that grows."""
-    return of_kind(tuned.named_parts(), Growing)
+    return tuned.of_kind(Growing)
 
 
 def slices(tuned: Tuned) -> dict[str, tuple[nn.Parameter, int]]:

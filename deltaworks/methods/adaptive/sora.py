@@ -13,15 +13,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ...core import fields
+from ...core import fields, ranks
 from ...core.init import kaiming, normal, zeros
 from ...core.method import WeightMethod
-from ...core.operators.triplet import Triplet, compact
+from ...core.operators.triplet import Triplet
+from ...core.ranks import triplets
 from ...core.registry import method
 from ...core.rule import Rule, Run
 from ...core.tuned import Tuned
 from ...model.weights import Weight
-from .adalora import triplets
 
 
 @method("sora", paper="2311.11696", family="adaptive")
@@ -73,7 +73,7 @@ class Threshold(Rule):
         for gate in gates(run.tuned):
             gate.copy_(gate.sign() * (gate.abs() - self.xi(run, gate)).clamp_min(0))
         if run.sampled:
-            run.record("ranks", {name: int((l != 0).sum()) for name, _, l, _ in triplets(run.tuned)})
+            ranks.record(run)
 
     def penalty(self, run: Run) -> Tensor | None:
         if not self.method.l1:
@@ -82,8 +82,7 @@ class Threshold(Rule):
         return self.method.l1 * torch.cat([values.to(every[0].device) for values in every]).mean()
 
     def finished(self, run: Run) -> None:
-        for _, p, l, q in triplets(run.tuned):
-            compact(p, l, q, run.optimizer)
+        ranks.drop(run.tuned, run.optimizer)
 
 
 def gates(tuned: Tuned) -> Iterator[nn.Parameter]:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from ...core import fields
-from ...core.experts import of_kind
 from ...core.init import normal, zeros
 from ...core.method import WeightMethod
 from ...core.moments import grow, refuse_sharing
@@ -144,4 +143,4 @@ class Strips(Rule):
 
 def layers(tuned: Tuned) -> Iterator[tuple[str, Any]]:
     """Name and part of every layer that grows."""
-    return of_kind(tuned.named_parts(), Triangular)
+    return tuned.of_kind(Triangular)

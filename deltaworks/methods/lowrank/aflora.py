@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ...core import fields
-from ...core.experts import tensors_of
 from ...core.importance import Sensitivity
 from ...core.init import kaiming_relu, zeros
 from ...core.method import WeightMethod
@@ -23,6 +22,7 @@ from ...core.moments import restart
 from ...core.operators.diagonal import DiagonalFactors
 from ...core.registry import method
 from ...core.rule import Rule, Run
+from ...core.schedules import cubic, window
 from ...core.tuned import Tuned
 from ...model.weights import Weight
 
@@ -80,18 +80,11 @@ class Freezing(Rule):
 
     def phases(self, run: Run) -> tuple[int, int]:
         """The last step before freezing, and the last step before all are frozen."""
-        total = run.total_steps
-        first, last = run.steps(self.method.t_init), run.steps(self.method.t_final)
-        if first + last >= max(total, 1):
-            raise ValueError(
-                f"aflora: t_init and t_final take {first} and {last} steps; their sum must be below the run's {total}"
-            )
-        return first, total - last
+        return window(run, t_init=self.method.t_init, t_final=self.method.t_final)
 
     def keep(self, step: int, run: Run) -> float:
         """The share of scores to be kept at a step, the first being 1."""
-        first, final = self.phases(run)
-        return 1.0 if step <= first else 0.0 if step > final else (1 - (step - first) / (final - first)) ** 3
+        return cubic(step, *self.phases(run))
 
     def attached(self, run: Run) -> None:
         self.phases(run)
@@ -126,8 +119,8 @@ class Freezing(Rule):
         run.record("aflora.trained", sum(p.numel() for p in run.tuned.parameters()))
 
     def _lowest(self, live: dict[str, nn.Parameter], keep: float) -> list[str]:
-        found = {name: self.sensitivity.importance(name) for name in live}
-        scores = {name: score for name, score in found.items() if score is not None}
+        seen = self.sensitivity.smoothed
+        scores = {name: self.sensitivity.importance(name, w) for name, w in live.items() if name in seen}
         pool = torch.cat([score.flatten().cpu() for score in scores.values()])
         below = int(len(pool) * (1 - keep))
         if not below:
@@ -146,5 +139,5 @@ class Freezing(Rule):
 
 def matrices(tuned: Tuned) -> Iterator[tuple[str, nn.Parameter]]:
     """Every A and B by name; fused experts hold theirs stacked along a leading axis."""
-    for name, pair in tensors_of(tuned.named_parts(), DiagonalFactors, "a", "b"):
+    for name, pair in tuned.tensors_of(DiagonalFactors, "a", "b"):
         yield from zip((f"{name}.a", f"{name}.b"), pair, strict=True)

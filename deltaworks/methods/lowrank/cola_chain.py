@@ -9,14 +9,12 @@ gives every link its own, falling as the residual shrinks; s is the first link's
 Use it when LoRA's rank is too small and a higher one does not fit the optimizer.
 """
 
-import math
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...core import fields
-from ...core.experts import tensors_of
 from ...core.init import kaiming, zeros
 from ...core.method import WeightMethod
 from ...core.moments import refuse_sharing, replace_value, restart
@@ -117,20 +115,19 @@ class Knots(Rule):
     @torch.no_grad()
     def _tie(self, run: Run) -> None:
         generator = torch.Generator().manual_seed(run.seed * 1000 + self.tied)
-        for _, (a, b, a0, b0) in tensors_of(run.tuned.named_parts(), LowRank, "a", "b", "a0", "b0"):
+        for _, (a, b, a0, b0) in run.tuned.tensors_of(LowRank, "a", "b", "a0", "b0"):
             place = slice(sum(self.ranks[: self.tied]), sum(self.ranks[: self.tied + 1]))
             a0[..., place, :] = a
             b0[..., place] = -b  # what a LowRank holds beside its factors is subtracted
             narrow(a, b, self.ranks[self.tied + 1])
-            bound = 1 / math.sqrt(a.shape[-1])
-            a.copy_(torch.rand(a.shape, generator=generator).mul_(2 * bound).sub_(bound))
+            a.copy_(kaiming(*a.shape, generator=generator))
             b.zero_()
             for parameter in (a, b):
                 restart(parameter, run.optimizer)
         self.tied += 1
 
     def resumed(self, run: Run) -> None:
-        for _, (a, b) in tensors_of(run.tuned.named_parts(), LowRank, "a", "b"):
+        for _, (a, b) in run.tuned.tensors_of(LowRank, "a", "b"):
             narrow(a, b, self.ranks[self.tied])
 
 

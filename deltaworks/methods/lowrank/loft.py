@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ...core import fields
-from ...core.experts import tensors_of
 from ...core.init import kaiming, zeros
 from ...core.method import WeightMethod
 from ...core.operators.low_rank import LowRank
@@ -72,7 +71,7 @@ class FullAdam(Rule):
     @torch.no_grad()
     def gradients(self, run: Run) -> None:
         settings, moving = run.settings(), "ba"[self.calls % 2]
-        held = tensors_of(run.tuned.named_parts(), LowRank, "a", "b")
+        held = run.tuned.tensors_of(LowRank, "a", "b")
         pairs = [(name, a, b) for name, (a, b) in held if a.grad is not None and b.grad is not None]
         self.calls += 1
         share = self._clipping(pairs, moving)

@@ -10,7 +10,7 @@ Use it when activations, not weights, fill the memory.
 import torch
 
 from ...core import fields
-from ...core.experts import of_kind, setting
+from ...core.experts import setting
 from ...core.init import kaiming, zeros
 from ...core.method import WeightMethod
 from ...core.operators.low_rank import LowRank
@@ -43,7 +43,7 @@ class Projection(Rule):
     """Replaces the gradient g of every B by `g (A A^T + 1e-8 I)^-1 / s^2`, in at least float32."""
 
     def gradients(self, run: Run) -> None:
-        for _, part in of_kind(run.tuned.named_parts(), LowRank):
+        for _, part in run.tuned.of_kind(LowRank):
             a, b = part.get_parameter("a"), part.get_parameter("b")
             if b.grad is not None:
                 gram = a @ a.mT + 1e-8 * torch.eye(a.shape[-2], dtype=a.dtype, device=a.device)

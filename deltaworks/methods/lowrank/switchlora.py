@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...core import fields, row_adam
-from ...core.experts import setting, tensors_of
+from ...core.experts import setting
 from ...core.init import uniform
 from ...core.method import WeightMethod
 from ...core.operators.shifted import Shifted
@@ -155,5 +155,5 @@ class Switching(Rule):
 
 def pairs(tuned: Tuned) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Name and factors of every part, vectors as rows; fused experts hold theirs stacked along a leading axis."""
-    for name, (a, b) in tensors_of(tuned.named_parts(), Shifted, "a", "b"):
+    for name, (a, b) in tuned.tensors_of(Shifted, "a", "b"):
         yield name, {"a": a.data, "b": b.data.mT}

@@ -14,7 +14,7 @@ import math
 from typing import Any
 
 from ...core import fields
-from ...core.experts import PerExpert
+from ...core.experts import mapped
 from ...core.init import normal
 from ...core.method import WeightMethod, weight_at
 from ...core.operators.bank import BankFactors, VectorBank
@@ -80,10 +80,5 @@ class Choice(Rule):
     """When training is over, keeps of the logits what they chose."""
 
     def finished(self, run: Run) -> None:
-        for name, part in list(run.tuned.named_parts()):
-            if isinstance(part, BankFactors):
-                run.tuned.exchange(name, part.chosen())
-            elif isinstance(part, PerExpert) and part.kind == BankFactors.__name__:
-                run.tuned.exchange(
-                    name, PerExpert([delta.chosen() for delta in part.each() if isinstance(delta, BankFactors)])
-                )
+        for name, part in list(run.tuned.of_kind(BankFactors)):
+            run.tuned.exchange(name, mapped(part, BankFactors.chosen))

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ...core import fields
-from ...core.experts import of_kind
 from ...core.init import kaiming, zeros
 from ...core.method import WeightMethod
 from ...core.operators.turned_spectrum import TurnedFactor, TurnedSpectrum
@@ -123,10 +122,10 @@ class Stiefel(Rule):
 
 def rotations(tuned: Tuned) -> Iterator[tuple[str, nn.Parameter]]:
     """Name and value of every rotation."""
-    parts = of_kind(tuned.named_parts(), TurnedSpectrum, TurnedFactor)
+    parts = tuned.of_kind(TurnedSpectrum, TurnedFactor)
     return ((f"{name}.{key}", part.get_parameter(key)) for name, part in parts for key in ("q1", "q2", "q3"))
 
 
 def _spectra(tuned: Tuned) -> Iterator[tuple[Tensor, Tensor]]:
-    parts = of_kind(tuned.named_parts(), TurnedSpectrum)
+    parts = tuned.of_kind(TurnedSpectrum)
     return ((part.get_buffer("s"), part.get_parameter("shift")) for _, part in parts)
