@@ -19,6 +19,7 @@ from . import sizes
 from .engine import Hear, Runner
 from .rates import Rates
 from .rows import Row
+from .scores import EXECUTED, GENERATED
 from .spec import Cell, Entry, Study
 from .statistics import LOWER, lower_is_better
 from .trial import BASE, CONTEXT, Half, Kind, Trial
@@ -30,8 +31,6 @@ Tell = Callable[..., None]
 
 FIGURES = ("accuracy", "rmse", "f1", "loss")
 """The figure that decides where none is named: the first of these that a run has."""
-EXECUTED = "passes"
-"""The figure for which what a model writes is run."""
 PROBE_STEPS = 6
 
 
@@ -237,7 +236,7 @@ class _Comparing:
             length = {"steps": max(1, min(whole.steps, round(whole.steps * share if share < 1 else share)))}
         else:
             length = {"epochs": (whole.epochs or 1.0) * share} if share < 1 else {"steps": round(share)}
-        quick = {"samples": whole.samples if _generated(job.cell.metric) else 0, "evaluate_every": None}
+        quick = {"samples": whole.samples if job.cell.metric in GENERATED else 0, "evaluate_every": None}
         changed = job.changed | {"lr": rate} | quick | length
         recipe = self.study.recipe(job.cell, job.entry, self.study.all_seeds[0], **changed)
         labels = {"cell": job.cell, "name": job.entry.name}
@@ -304,10 +303,6 @@ class _Comparing:
 def _diverged(row: Row) -> bool:
     """Whether a run failed for its loss, which another rate may mend."""
     return str(row["error"]).startswith("the loss is")
-
-
-def _generated(metric: str | None) -> bool:
-    return metric in ("exact_match", "similarity", "chrf", "parses", EXECUTED)
 
 
 def cost(row: Row, metric: str | None) -> float | None:

@@ -41,6 +41,7 @@ from .fairness import WORST, less_is_better, over_groups
 from .pareto import MOVABLE, Best, Found, write
 from .rows import Row
 from .samplers import Valid, make_sampler
+from .scores import EXECUTED, GENERATED
 from .search_spec import COSTS, Search
 from .space import Configuration, make_space
 from .trial import Half, Trial
@@ -290,15 +291,17 @@ class _Searching:
         often = {"evaluate_every": max(1, length["steps"] // (self.search.checks + 1))} if self._prunes() else {}
         quick = {"samples": self._samples(), "save_every": 0, "evaluate_every": None}
         recipe = self.search.recipe(self.space.recipe(one.params), **(quick | length | often))
-        return Trial(recipe=recipe, half="choosing", groups=self.search.fair, labels={"number": one.number})
+        return Trial(
+            recipe=recipe, half="choosing", groups=self.search.fair, execute=self.metric == EXECUTED,
+            labels={"number": one.number},
+        )  # fmt: skip
 
     def _prunes(self) -> bool:
         return self.search.prune_after > 0
 
     def _samples(self) -> int:
         """Generated answers, where the figure is one of them."""
-        generated = self.metric in ("exact_match", "similarity", "chrf", "parses")
-        return self.search.recipe({}).samples if generated else 0
+        return self.search.recipe({}).samples if self.metric in GENERATED else 0
 
     def _length(self, share: float) -> dict[str, int]:
         """Steps of a run over that of a whole one."""
@@ -432,7 +435,8 @@ class _Searching:
         trials = [
             Trial(
                 recipe=self.search.recipe(one.decided, **self._length(1.0), seed=self.search.seed + number),
-                half=half, groups=self.search.fair, labels={"number": one.number, "best": one},
+                half=half, groups=self.search.fair, execute=self.metric == EXECUTED,
+                labels={"number": one.number, "best": one},
             )
             for one in found.best for number in range(self.search.full)
         ]  # fmt: skip

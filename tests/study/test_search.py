@@ -189,6 +189,17 @@ def test_the_best_are_those_that_none_beats(folder: Path) -> None:
     assert [one.cost for one in found.best] == sorted(one.cost or 0 for one in found.best)
 
 
+@pytest.mark.parametrize("metric", ["passes", "exact_match", "loss"])
+def test_what_is_generated_is_run_only_where_that_decides(folder: Path, metric: str) -> None:
+    runner = Played(lambda trial: {"figures": {metric: size_of(trial)}})
+    found = search(wanted(folder, metric=metric, samples=3, full=1), runner, folder / f"by_{metric}")  # type: ignore[arg-type]
+    assert {trial.execute for trial in runner.trials} == {metric == "passes"}
+    short = [trial for trial in runner.trials if trial.half == "choosing"]
+    assert {trial.recipe.samples for trial in short} == {0 if metric == "loss" else 3}
+    assert len(runner.trials) == len(short) + len(found.best)
+    assert found.lower == (metric == "loss") and found.best[-1].full_value is not None
+
+
 def test_a_failed_trial_is_a_failed_trial(folder: Path) -> None:
     def row(trial: Trial) -> dict[str, Any]:
         return {"status": "failed", "error": "no memory"} if "lora" in trial.recipe.text() else {}
