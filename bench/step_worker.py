@@ -128,27 +128,20 @@ def stepper(side: Side, settings: dict[str, Any], batch: dict[str, torch.Tensor]
     if rules is not None:
         rules.emit("attached")
 
+    def loss() -> torch.Tensor:
+        return loss_of(side, settings, batch)
+
     def step() -> None:
         if rules is not None:
-            rules.emit("step_begin")
-            if rules.owner is not None:
-                with torch.no_grad():
-                    rules.owner.own_step(rules.run, lambda: loss_of(side, settings, batch), 1e-4)
-                rules.emit("step_end")
-                return
-        loss = loss_of(side, settings, batch)
-        extra = rules.penalty() if rules is not None else None
-        (loss if extra is None else loss + extra).backward()
-        if rules is not None:
-            rules.emit("gradients")
-        if optimizer is not None:
-            optimizer.step()
-        if rules is not None:
-            rules.emit("step_end")
+            rules.step(loss)
+            return
+        loss().backward()
+        if optimizer is None:
+            return
+        optimizer.step()
         if allocate is not None:  # AdaLoRA's part of a step, as PEFT asks its users to call it
             allocate(next(count))
-        if optimizer is not None:
-            optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
 
     return step
 

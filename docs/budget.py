@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,28 +90,13 @@ def run(slug: str, seed: int, work: Work) -> dict[str, Any]:
     rules.emit("attached")
     model.train()
     for _ in range(STEPS):
-        step(model, next(batches), rules, optimizer, rate)
+        rules.step(partial(_loss, model, next(batches)))
     rules.emit("finished")
     return result | {"loss": work.loss(model)}
 
 
-def step(model: nn.Module, batch: dict[str, Any], rules: Any, optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """One training step as a plain loop makes it."""
-
-    def loss() -> torch.Tensor:
-        return model(**batch).loss
-
-    rules.emit("step_begin")
-    if rules.owner is not None:
-        with torch.no_grad():
-            rules.owner.own_step(rules.run, loss, rate)
-    else:
-        value, penalty = loss(), rules.penalty()
-        (value if penalty is None else value + penalty).backward()
-        rules.emit("gradients")
-        optimizer.step()
-    rules.emit("step_end")
-    optimizer.zero_grad(set_to_none=True)
+def _loss(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    return model(**batch).loss
 
 
 def costs(model: nn.Module, tuned: Any, batch: dict[str, Any], work: Work) -> dict[str, Any]:

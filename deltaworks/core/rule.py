@@ -180,6 +180,39 @@ class Rules:
         terms = [term for rule in self.rules if (term := rule.penalty(self.run)) is not None]
         return torch.stack([term.reshape(()) for term in terms]).sum() if terms else None
 
+    def step(self, loss: Callable[[], Tensor], *, clip: float = 0.0) -> Tensor:
+        """One optimizer step of a plain loop: forward, backward and update, with all that the rules do in between.
+
+        Gradients are gone afterwards; a learning-rate schedule goes on after this.
+
+        Args:
+            loss: computes the loss of this step's batch; a rule that owns the step calls it as often as it needs.
+            clip: the largest norm of all gradients together, 0 for any.
+
+        Returns:
+            The loss, detached, without the rules' terms.
+
+        Raises:
+            ValueError: when the run has no optimizer.
+        """
+        optimizer = self.run.optimizer
+        if optimizer is None:
+            raise ValueError("a step needs an optimizer; give it to run(..., optimizer=...)")
+        self.emit("step_begin")
+        if self.owner is not None:
+            with torch.no_grad():
+                value = self.owner.own_step(self.run, loss, optimizer.param_groups[0]["lr"])
+        else:
+            value, penalty = loss(), self.penalty()
+            (value if penalty is None else value + penalty.to(value.device)).backward()
+            self.emit("gradients")
+            if clip:
+                torch.nn.utils.clip_grad_norm_(self.run.tuned.parameters(), clip)
+            optimizer.step()
+        self.emit("step_end")
+        optimizer.zero_grad(set_to_none=True)
+        return value.detach()
+
     def state_dict(self) -> dict[str, Any]:
         """State of the run and of every rule, in order."""
         return {

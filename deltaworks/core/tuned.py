@@ -218,8 +218,9 @@ class Tuned:
     def run(self, total_steps: int, *, seed: int = 0, optimizer: torch.optim.Optimizer | None = None) -> Rules:
         """The rules of a training run in a plain loop.
 
-        Call `emit("attached")` once, then `emit("step_begin")`, `emit("gradients")`, `emit("step_end")` around every
-        step, and `emit("finished")`; add `penalty()` to the loss.
+        Call `emit("attached")` once, then `step(lambda: loss)` for every step, and `emit("finished")`. A loop that
+        accumulates gradients makes the step itself: `emit("step_begin")`, `emit("gradients")` when they are complete
+        and before they are clipped, `emit("step_end")` after the update; it adds `penalty()` to every loss.
         """
         return Rules(self.rules, Run(self, optimizer, 0, total_steps, seed))
 
