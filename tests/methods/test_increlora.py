@@ -12,7 +12,6 @@ import torch
 import deltaworks as dw
 from deltaworks.core.operators.growing import Growing
 from deltaworks.core.operators.triplet import Triplet, orthogonality
-from deltaworks.methods.adaptive.increlora import growing, slices
 from tests.families import FAMILIES
 from tests.methods.resuming import trained
 from tests.methods.toys import attach, net, nudge, steps
@@ -28,7 +27,7 @@ def start(**settings):
 
 
 def ranks(tuned: dw.Tuned) -> list[int]:
-    return [part.l.shape[-1] for _, part in growing(tuned)]
+    return [part.l.shape[-1] for _, part in tuned.of_kind(Growing)]
 
 
 def test_nothing_changes_at_the_start_and_the_count_is_the_formula() -> None:
@@ -120,7 +119,7 @@ def test_new_terms_keep_still_at_first_and_then_move_like_a_group_of_their_own()
     assert rule.rate(run, 5, 24) == 0.0 and rule.rate(run, 5, 15) == pytest.approx(9 / 15)
     births, held = {}, {}
     for step in steps(model, x, tuned, STEPS):
-        for name, (parameter, dim) in slices(tuned).items():
+        for name, parameter, dim in rule.newcomers.tensors(dict(tuned.of_kind(Growing))):
             for index, birth in enumerate(rule.newcomers.births[name]):
                 value = parameter.detach().select(dim, index).clone()
                 if birth == step - 1 and birth:
@@ -133,24 +132,23 @@ def test_new_terms_keep_still_at_first_and_then_move_like_a_group_of_their_own()
 
 
 def test_a_newcomer_moves_as_under_an_optimizer_of_its_own() -> None:
-    from deltaworks.core.moments import grow
     from deltaworks.core.newcomers import Newcomers
 
     torch.manual_seed(0)
     whole = torch.nn.Parameter(torch.randn(2, 3, dtype=torch.float64))
     optimizer = torch.optim.AdamW([whole], lr=0.1, weight_decay=0.0, eps=0.0)
-    newcomers, gradients = Newcomers(), torch.randn(9, 3, 3, dtype=torch.float64)
-    newcomers.know({"w": (whole, 0)})
+    newcomers, gradients = Newcomers({"w": 0}), torch.randn(9, 3, 3, dtype=torch.float64)
+    part = torch.nn.ParameterDict({"w": whole})
+    newcomers.know({"part": part})
     alone = torch.nn.Parameter(torch.randn(1, 3, dtype=torch.float64))
     twin = torch.optim.AdamW([alone], lr=0.1, weight_decay=0.0, eps=0.0)
     for step in range(9):
         if step == 4:
-            grow(whole, alone.detach(), 0, optimizer)
-            newcomers.add("w", 1, 4)
+            newcomers.grow("part", part, {"w": alone.detach()}, 4, optimizer)
         whole.grad = gradients[step][: len(whole)]
-        newcomers.hold({"w": (whole, 0)})
+        newcomers.hold({"part": part})
         optimizer.step()
-        newcomers.pace({"w": (whole, 0)}, optimizer, step, lambda birth, now: (now - birth + 1) / 5)
+        newcomers.pace({"part": part}, optimizer, step, lambda birth, now: (now - birth + 1) / 5)
         if step >= 4:
             twin.param_groups[0]["lr"] = 0.1 * (step - 4 + 1) / 5
             alone.grad = gradients[step][2:]
@@ -161,7 +159,7 @@ def test_a_newcomer_moves_as_under_an_optimizer_of_its_own() -> None:
 def test_the_reserve_is_constant_until_used_and_gone_in_the_end() -> None:
     model, x, tuned, _ = start()
     for step in steps(model, x, tuned, STEPS):
-        for _, part in growing(tuned):
+        for _, part in tuned.of_kind(Growing):
             met = sum(ranks(tuned)) == 8
             assert part.reserve.tolist() == ([] if met else pytest.approx([1e-5, 1e-5]))
             assert part.rank == part.l.numel() + len(part.reserve)
@@ -171,7 +169,7 @@ def test_the_reserve_is_constant_until_used_and_gone_in_the_end() -> None:
 
 
 def test_survivors_keep_their_optimizer_state_when_a_layer_grows() -> None:
-    model, x, tuned, _ = start()
+    model, x, tuned, rule = start()
     optimizer = torch.optim.AdamW(tuned.parameter_groups(0.05))
     rules = tuned.run(STEPS, optimizer=optimizer)
     rules.emit("attached")
@@ -185,7 +183,7 @@ def test_survivors_keep_their_optimizer_state_when_a_layer_grows() -> None:
         sizes = ranks(tuned)
         rules.emit("step_end")
     assert ranks(tuned) != sizes, "the last step let a layer grow"
-    for _, (parameter, dim) in slices(tuned).items():
+    for _, parameter, dim in rule.newcomers.tensors(dict(tuned.of_kind(Growing))):
         state, old = optimizer.state[parameter]["exp_avg"], before[parameter]
         assert state.shape == parameter.shape
         assert torch.equal(state.narrow(dim, 0, old.shape[dim]), old)

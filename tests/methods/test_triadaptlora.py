@@ -10,7 +10,6 @@ import torch
 import deltaworks as dw
 from deltaworks.core.operators.triangular import Triangular, widths
 from deltaworks.core.operators.triplet import orthogonality
-from deltaworks.methods.adaptive.triadaptlora import layers
 from tests.methods.resuming import trained
 from tests.methods.toys import attach, net, nudge, steps
 
@@ -83,7 +82,7 @@ def test_growing_leaves_the_function_and_everything_new_gets_a_gradient(divisor:
         if ranks(tuned) == sizes:
             continue
         assert torch.allclose(model(x), before, atol=1e-9)
-        for _, part in layers(tuned):
+        for _, part in tuned.of_kind(Triangular):
             for name, dim in (("a", 0), ("b", 1), ("lower", 0), ("upper", 0)):
                 parameter = part.get_parameter(name)
                 (value, moment), state = kept[parameter], optimizer.state[parameter]["exp_avg"]
@@ -151,7 +150,7 @@ def test_the_penalty_is_the_mean_distance_from_orthogonality() -> None:
 def test_it_resumes_at_any_step_bit_for_bit(family: str, stops: tuple[int, ...], tmp_path: Path) -> None:
     method = dw.TriAdaptLoRA(**SETTINGS)
     whole, history, tuned = trained(method, tmp_path, family)
-    assert len({part.a.shape[-2] for _, part in layers(tuned)}) > 1
+    assert len({part.a.shape[-2] for _, part in tuned.of_kind(Triangular)}) > 1
     for stop in stops:
         resumed, again, _ = trained(method, tmp_path, family, stop=stop)
         assert list(whole) == list(resumed) and history == again, stop

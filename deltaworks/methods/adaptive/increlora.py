@@ -12,30 +12,26 @@ Use it when the budget is very small: nothing is spent before a layer has shown 
 """
 
 import math
-import zlib
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...core import fields
-from ...core.experts import PerExpert
+from ...core.experts import mapped
 from ...core.importance import Importance
 from ...core.init import normal, zeros
 from ...core.method import WeightMethod
-from ...core.moments import grow, keep, refuse_sharing
+from ...core.moments import refuse_sharing
 from ...core.newcomers import Newcomers
 from ...core.operators.growing import Growing
 from ...core.operators.triplet import orthogonality
 from ...core.registry import method
 from ...core.rule import Rule, Run
-from ...core.tuned import Tuned
 from ...model.weights import Weight
 
 STD, RESERVE = 0.02, 1e-5
-DIMENSIONS = {"p": -1, "l": -1, "q": -2}
 
 
 @method("increlora", paper="2308.12043", family="adaptive")
@@ -103,36 +99,35 @@ class Growth(Rule):
     def __init__(self, method: IncreLoRA) -> None:
         self.method = method
         self.importance = Importance(method.beta1, method.beta2)
-        self.newcomers = Newcomers()
+        self.newcomers = Newcomers({"p": -1, "l": -1, "q": -2})
 
     def attached(self, run: Run) -> None:
         refuse_sharing("increlora")
-        self.newcomers.know(slices(run.tuned))
+        self.newcomers.know(dict(run.tuned.of_kind(Growing)))
 
     def missing(self, run: Run) -> int:
         """The number of terms that all layers together are short of."""
-        ranks = [part.l.shape[-1] for _, part in growing(run.tuned)]
-        return self.method.target_rank * len(ranks) - sum(ranks)
+        return sum(self.method.target_rank - part.l.shape[-1] for _, part in run.tuned.of_kind(Growing))
 
     def interval(self, run: Run) -> int:
         """Steps between two growths."""
         if self.method.interval:
             return self.method.interval
-        missing = (self.method.target_rank - self.method.init_rank) * len(list(growing(run.tuned)))
+        missing = (self.method.target_rank - self.method.init_rank) * len(list(run.tuned.of_kind(Growing)))
         rounds = max(1, math.ceil(missing / (self.method.top * self.method.step)))
         return max(1, (run.total_steps // 2 - run.steps(self.method.warmup)) // rounds)
 
     def step_begin(self, run: Run) -> None:
         if self.missing(run):
-            self.importance.watch(dict(growing(run.tuned)))
+            self.importance.watch(dict(run.tuned.of_kind(Growing)))
 
     def gradients(self, run: Run) -> None:
-        self.newcomers.hold(slices(run.tuned))
+        self.newcomers.hold(dict(run.tuned.of_kind(Growing)))
 
     @torch.no_grad()
     def step_end(self, run: Run) -> None:
-        step, parts = run.step - 1, dict(growing(run.tuned))
-        self.newcomers.pace(slices(run.tuned), run.optimizer, step, partial(self.rate, run))
+        step, parts = run.step - 1, dict(run.tuned.of_kind(Growing))
+        self.newcomers.pace(parts, run.optimizer, step, partial(self.rate, run))
         missing = self.missing(run)
         if missing:
             self.importance.close(parts)
@@ -149,23 +144,15 @@ class Growth(Rule):
 
     def _grow(self, name: str, part: Any, more: int, run: Run) -> None:
         """Activate terms, and put as many new ones into the reserve (where nothing learns in advance: into use)."""
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{run.seed} {run.step} {name}".encode()))
-        for key, dim in DIMENSIONS.items():
-            tensor = part.get_parameter(key)
-            shape = list(tensor.shape)
-            shape[dim] = more
-            weights = torch.full(shape, RESERVE if self.method.advance else 0.0)
-            new = weights if key == "l" else torch.randn(shape, generator=generator) * STD
-            grow(tensor, new, dim, run.optimizer)
-            self.newcomers.add(f"{name}.{key}", more, run.step)
+        lead, drawn = part.l.shape[:-1], partial(normal, std=STD, generator=run.generator(name))
+        p, l = drawn(*lead, part.p.shape[-2], more), torch.full((*lead, more), RESERVE if self.method.advance else 0.0)
+        q = drawn(*lead, more, part.q.shape[-1])
+        self.newcomers.grow(name, part, {"p": p, "l": l, "q": q}, run.step, run.optimizer)
 
     def _dismiss(self, run: Run) -> None:
         """What is in reserve goes."""
-        for name, part in growing(run.tuned):
-            active = part.l.shape[-1]
-            for key in "pq":
-                keep(part.get_parameter(key), torch.arange(active), DIMENSIONS[key], run.optimizer)
-                self.newcomers.cut(f"{name}.{key}", active)
+        for name, part in run.tuned.of_kind(Growing):
+            self.newcomers.cut(name, part, part.l.shape[-1], run.optimizer)
             part.reserve = part.reserve[..., :0]
 
     def rate(self, run: Run, birth: int, step: int) -> float:
@@ -174,22 +161,10 @@ class Growth(Rule):
         return age / rise if age < rise else max(0.0, (length - age) / max(1, length - rise))
 
     def penalty(self, run: Run) -> Tensor | None:
-        pairs = ((part.p, part.q) for _, part in growing(run.tuned))
+        pairs = ((part.p, part.q) for _, part in run.tuned.of_kind(Growing))
         return self.method.gamma * orthogonality(pairs) if self.method.gamma else None
 
     def finished(self, run: Run) -> None:
         self._dismiss(run)
-        for name, part in list(growing(run.tuned)):
-            each: list[Any] = part.each() if isinstance(part, PerExpert) else [part]
-            made = [one.final() for one in each]
-            run.tuned.exchange(name, PerExpert(made) if isinstance(part, PerExpert) else made[0])
-
-
-def growing(tuned: Tuned) -> Iterator[tuple[str, Any]]:
-    """Name and part of every layer that grows."""
-    return tuned.of_kind(Growing)
-
-
-def slices(tuned: Tuned) -> dict[str, tuple[nn.Parameter, int]]:
-    """Every tensor of theirs, with the dimension along which it grows."""
-    return {f"{n}.{key}": (p.get_parameter(key), dim) for n, p in growing(tuned) for key, dim in DIMENSIONS.items()}
+        for name, part in list(run.tuned.of_kind(Growing)):
+            run.tuned.exchange(name, mapped(part, Growing.final))

@@ -11,8 +11,7 @@ Use it where AdaLoRA's scores cost too much: no gradient enters one.
 """
 
 import math
-import zlib
-from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ from ...core.operators.triangular import Triangular, widths
 from ...core.operators.triplet import orthogonality
 from ...core.registry import method
 from ...core.rule import Rule, Run
-from ...core.tuned import Tuned
 from ...model.weights import Weight
 
 STD = 0.02
@@ -90,7 +88,7 @@ class Strips(Rule):
 
     def attached(self, run: Run) -> None:
         refuse_sharing("triadaptlora")
-        self.previous = {name: self._norm(part) for name, part in layers(run.tuned)}
+        self.previous = {name: self._norm(part) for name, part in run.tuned.of_kind(Triangular)}
 
     def _norm(self, part: Any) -> float:
         """The norm of a core over the number of its blocks; over a stack, of all its cores."""
@@ -100,14 +98,14 @@ class Strips(Rule):
 
     def number(self, missing: int, step: int, run: Run) -> int:
         """How many layers grow at a check, given how many ranks are missing."""
-        first, layers_ = run.steps(self.method.warmup), len(list(layers(run.tuned)))
+        first, layers = run.steps(self.method.warmup), len(list(run.tuned.of_kind(Triangular)))
         share = (step - first) / max(1, run.total_steps - first)
         number = int(missing * share) if self.method.growth == "linear" else int(math.exp(share * math.log(missing)))
-        return min(max(1, number), layers_)
+        return min(max(1, number), layers)
 
     @torch.no_grad()
     def step_end(self, run: Run) -> None:
-        parts = dict(layers(run.tuned))
+        parts = dict(run.tuned.of_kind(Triangular))
         missing = self.method.reference * len(parts) - sum(part.a.shape[-2] for part in parts.values())
         interval = self.method.interval or max(1, run.total_steps // 50)
         due = missing > 0 and run.step > run.steps(self.method.warmup) and run.step % interval == 0
@@ -122,25 +120,15 @@ class Strips(Rule):
 
     def _grow(self, name: str, part: Any, run: Run) -> None:
         """Add a block: rows of A and of L at random, columns of B and of U zero."""
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{run.seed} {run.step} {name}".encode()))
-        width, old = self.method.block, part.a.shape[-2]
-        lead, fan_in, fan_out = part.a.shape[:-2], part.a.shape[-1], part.b.shape[-2]
-
-        def drawn(*shape: int) -> Tensor:
-            return torch.randn(*lead, *shape, generator=generator) * STD
-
+        width, old, lead = self.method.block, part.a.shape[-2], part.a.shape[:-2]
+        drawn = partial(normal, *lead, std=STD, generator=run.generator(name))
         if self.method.divisor == "rank":
             part.b.mul_((old + width + 1e-5) / (old + 1e-5))
-        grow(part.a, drawn(width, fan_in), -2, run.optimizer)
-        grow(part.b, torch.zeros(*lead, fan_out, width), -1, run.optimizer)
+        grow(part.a, drawn(width, part.a.shape[-1]), -2, run.optimizer)
+        grow(part.b, zeros(*lead, part.b.shape[-2], width), -1, run.optimizer)
         grow(part.lower, drawn(width * (old + width)), -1, run.optimizer)
-        grow(part.upper, torch.zeros(*lead, width * (old + width)), -1, run.optimizer)
+        grow(part.upper, zeros(*lead, width * (old + width)), -1, run.optimizer)
 
     def penalty(self, run: Run) -> Tensor | None:
-        pairs = ((part.b, part.a) for _, part in layers(run.tuned))
+        pairs = ((part.b, part.a) for _, part in run.tuned.of_kind(Triangular))
         return self.method.gamma * orthogonality(pairs) if self.method.gamma else None
-
-
-def layers(tuned: Tuned) -> Iterator[tuple[str, Any]]:
-    """Name and part of every layer that grows."""
-    return tuned.of_kind(Triangular)
