@@ -42,6 +42,7 @@ class Method:
         default_lr: a learning rate to begin with, the sheet's or the field's usual one.
         refuses: kinds of bases it cannot work on, as the tests name them; everything else it must.
         overridable: `overrides` mean something to it.
+        ordered: pairs of hyper-parameters of which the first may not be above the second, each with the reason.
 
     Attributes:
         overrides: other hyper-parameters at some places: regular expression over module names -> settings. What PEFT
@@ -58,6 +59,7 @@ class Method:
     default_lr: ClassVar[float] = 1e-3
     refuses: ClassVar[tuple[str, ...]] = ()
     overridable: ClassVar[bool] = True
+    ordered: ClassVar[tuple[tuple[str, str, str], ...]] = ()
 
     overrides: dict[str, dict[str, Any]] = fields.mapping(
         "other hyper-parameters where a module name matches a pattern"
@@ -65,6 +67,11 @@ class Method:
 
     def __post_init__(self) -> None:
         fields.checked(self)
+        for low, high, why in self.ordered:
+            if getattr(self, low) > getattr(self, high):
+                raise ValueError(
+                    f"{self.slug}: {low}={getattr(self, low)} is above {high}={getattr(self, high)}; {why}"
+                )
         if self.overrides and not self.overridable:
             raise ValueError(
                 f"{self.slug} is the same at all its places; it takes no overrides, {self.overrides!r} was given"

@@ -218,5 +218,5 @@ def test_a_copy_of_a_growing_model_grows_by_itself() -> None:
 
 
 def test_ranks_cannot_be_asked_to_fall() -> None:
-    with pytest.raises(ValueError, match="target_rank=1 is below init_rank=2"):
+    with pytest.raises(ValueError, match="init_rank=2 is above target_rank=1; ranks only grow"):
         dw.IncreLoRA(init_rank=2, target_rank=1)

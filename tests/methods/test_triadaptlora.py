@@ -158,5 +158,5 @@ def test_it_resumes_at_any_step_bit_for_bit(family: str, stops: tuple[int, ...],
 
 
 def test_ranks_cannot_be_asked_to_fall() -> None:
-    with pytest.raises(ValueError, match="reference=2 is below init_rank=3"):
+    with pytest.raises(ValueError, match="init_rank=3 is above reference=2; ranks only grow"):
         dw.TriAdaptLoRA(init_rank=3, reference=2)

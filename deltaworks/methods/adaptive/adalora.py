@@ -28,6 +28,8 @@ from ...model.weights import Weight
 class AdaLoRA(WeightMethod):
     """Triplets under a falling budget; trains `init_rank * (in + out + 1)` values a layer, ends with `target_rank`."""
 
+    ordered = (("target_rank", "init_rank", "ranks only fall"),)
+
     init_rank: int = fields.positive(12, "r0, rank of every layer at the start; the paper takes 1.5 times the target")
     target_rank: int = fields.positive(8, "average rank of the layers at the end")
     alpha: float = fields.number(16.0, "numerator of the scale; the divisor stays r0", above=0)
@@ -38,13 +40,6 @@ class AdaLoRA(WeightMethod):
     beta1: float = fields.fraction(0.85, "smoothing of the sensitivity")
     beta2: float = fields.fraction(0.85, "smoothing of its uncertainty")
     gamma: float = fields.number(0.1, "weight of the orthogonality penalty", low=0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.target_rank > self.init_rank:
-            raise ValueError(
-                f"{self.slug}: target_rank={self.target_rank} is above init_rank={self.init_rank}; ranks only fall"
-            )
 
     def delta(self, weight: Weight) -> Triplet:
         r, std = self.init_rank, 0.02

@@ -27,6 +27,8 @@ from ...model.weights import Weight
 class DynamicDoRA(WeightMethod):
     """Components under a falling budget; trains `init_rank * (in + out + 1)` values a layer at first."""
 
+    ordered = (("target_rank", "init_rank", "ranks only fall"),)
+
     init_rank: int = fields.positive(12, "r0, rank of every layer at the start; the paper takes 1.5 times the target")
     target_rank: int = fields.positive(8, "average rank of the layers at the end")
     alpha: float = fields.number(8.0, "numerator of the scale alpha / r0", above=0)
@@ -39,8 +41,6 @@ class DynamicDoRA(WeightMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.target_rank > self.init_rank:
-            raise ValueError(f"dora_dynamic: target_rank={self.target_rank} is above init_rank={self.init_rank}")
         if self.first + self.last >= 1:
             raise ValueError(f"dora_dynamic: first={self.first} and last={self.last} leave no time to prune; lower one")
 

@@ -20,13 +20,12 @@ from torch import Tensor
 
 from ...core import fields
 from ...core.experts import mapped
+from ...core.growth import GrowingRanks
 from ...core.importance import Importance
 from ...core.init import normal, zeros
 from ...core.method import WeightMethod
-from ...core.moments import refuse_sharing
 from ...core.newcomers import Newcomers
 from ...core.operators.growing import Growing
-from ...core.operators.triplet import orthogonality
 from ...core.registry import method
 from ...core.rule import Rule, Run
 from ...model.weights import Weight
@@ -37,6 +36,8 @@ STD, RESERVE = 0.02, 1e-5
 @method("increlora", paper="2308.12043", family="adaptive")
 class IncreLoRA(WeightMethod):
     """Triplets that grow; trains `init_rank * (in + out + 1) + grow * (in + out)` values a layer at the start."""
+
+    ordered = (("init_rank", "target_rank", "ranks only grow"),)
 
     init_rank: int = fields.positive(1, "active terms of every layer at the start")
     target_rank: int = fields.positive(2, "average number of terms of the layers at the end")
@@ -55,13 +56,6 @@ class IncreLoRA(WeightMethod):
     beta1: float = fields.fraction(0.85, "smoothing of the importance")
     beta2: float = fields.fraction(0.85, "smoothing of its uncertainty")
     gamma: float = fields.number(0.1, "weight of the orthogonality penalty", low=0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.target_rank < self.init_rank:
-            raise ValueError(
-                f"increlora: target_rank={self.target_rank} is below init_rank={self.init_rank}; ranks only grow"
-            )
 
     @property
     def step(self) -> int:
@@ -86,7 +80,7 @@ class IncreLoRA(WeightMethod):
         return self.init_rank * (size + 1) + self.waiting * size
 
 
-class Growth(Rule):
+class Growth(GrowingRanks):
     """Scores layers, lets the highest grow, and paces what is new.
 
     Attributes:
@@ -94,77 +88,64 @@ class Growth(Rule):
         newcomers: when each term began.
     """
 
+    kind = Growing
     memory = ("importance.smoothed", "newcomers.births")
 
     def __init__(self, method: IncreLoRA) -> None:
-        self.method = method
+        super().__init__(method, method.target_rank)
         self.importance = Importance(method.beta1, method.beta2)
         self.newcomers = Newcomers({"p": -1, "l": -1, "q": -2})
 
-    def attached(self, run: Run) -> None:
-        refuse_sharing("increlora")
-        self.newcomers.know(dict(run.tuned.of_kind(Growing)))
+    def rank(self, part: Any) -> int:
+        return part.l.shape[-1]
 
-    def missing(self, run: Run) -> int:
-        """The number of terms that all layers together are short of."""
-        return sum(self.method.target_rank - part.l.shape[-1] for _, part in run.tuned.of_kind(Growing))
+    def factors(self, part: Any) -> tuple[Tensor, Tensor]:
+        return part.p, part.q
 
     def interval(self, run: Run) -> int:
-        """Steps between two growths."""
         if self.method.interval:
             return self.method.interval
-        missing = (self.method.target_rank - self.method.init_rank) * len(list(run.tuned.of_kind(Growing)))
+        missing = (self.target - self.method.init_rank) * len(self.parts(run))
         rounds = max(1, math.ceil(missing / (self.method.top * self.method.step)))
         return max(1, (run.total_steps // 2 - run.steps(self.method.warmup)) // rounds)
 
+    def attached(self, run: Run) -> None:
+        super().attached(run)
+        self.newcomers.know(self.parts(run))
+
     def step_begin(self, run: Run) -> None:
         if self.missing(run):
-            self.importance.watch(dict(run.tuned.of_kind(Growing)))
+            self.importance.watch(self.parts(run))
 
     def gradients(self, run: Run) -> None:
-        self.newcomers.hold(dict(run.tuned.of_kind(Growing)))
+        self.newcomers.hold(self.parts(run))
 
-    @torch.no_grad()
     def step_end(self, run: Run) -> None:
-        step, parts = run.step - 1, dict(run.tuned.of_kind(Growing))
+        parts, step = self.parts(run), run.step - 1
         self.newcomers.pace(parts, run.optimizer, step, partial(self.rate, run))
-        missing = self.missing(run)
-        if missing:
+        if self.missing(run):
             self.importance.close(parts)
-        due = bool(missing) and step > run.steps(self.method.warmup) and step % self.interval(run) == 0
-        if due:
-            for name in self.importance.ranked()[: self.method.top]:
-                more = min(self.method.step, missing)
-                self._grow(name, parts[name], more, run)
-                missing -= more
-            if not missing:
-                self._dismiss(run)
-        if due or run.sampled:
-            run.record("ranks", {name: part.l.shape[-1] for name, part in parts.items()})
-
-    def _grow(self, name: str, part: Any, more: int, run: Run) -> None:
-        """Activate terms, and put as many new ones into the reserve (where nothing learns in advance: into use)."""
-        lead, drawn = part.l.shape[:-1], partial(normal, std=STD, generator=run.generator(name))
-        p, l = drawn(*lead, part.p.shape[-2], more), torch.full((*lead, more), RESERVE if self.method.advance else 0.0)
-        q = drawn(*lead, more, part.q.shape[-1])
-        self.newcomers.grow(name, part, {"p": p, "l": l, "q": q}, run.step, run.optimizer)
-
-    def _dismiss(self, run: Run) -> None:
-        """What is in reserve goes."""
-        for name, part in run.tuned.of_kind(Growing):
-            self.newcomers.cut(name, part, part.l.shape[-1], run.optimizer)
-            part.reserve = part.reserve[..., :0]
+        self.check(run, step)
 
     def rate(self, run: Run, birth: int, step: int) -> float:
         """The learning rate, over the run's highest, at a step (from 0) of what began at another."""
         age, rise, length = step - birth, run.steps(self.method.rise), run.total_steps - birth
         return age / rise if age < rise else max(0.0, (length - age) / max(1, length - rise))
 
-    def penalty(self, run: Run) -> Tensor | None:
-        pairs = ((part.p, part.q) for _, part in run.tuned.of_kind(Growing))
-        return self.method.gamma * orthogonality(pairs) if self.method.gamma else None
+    def grow(self, parts: dict[str, Any], missing: int, run: Run) -> None:
+        """Activate terms, and put as many new ones into the reserve (where nothing learns in advance: into use)."""
+        for name in self.importance.ranked()[: self.method.top]:
+            part, more = parts[name], min(self.method.step, missing)
+            lead, drawn = part.l.shape[:-1], partial(normal, std=STD, generator=run.generator(name))
+            p, q = drawn(*lead, part.p.shape[-2], more), drawn(*lead, more, part.q.shape[-1])
+            l = torch.full((*lead, more), RESERVE if self.method.advance else 0.0)
+            self.newcomers.grow(name, part, {"p": p, "l": l, "q": q}, run.step, run.optimizer)
+            missing -= more
+        if not missing:  # what is in reserve goes
+            for name, part in parts.items():
+                self.newcomers.cut(name, part, self.rank(part), run.optimizer)
+                part.reserve = part.reserve[..., :0]
 
     def finished(self, run: Run) -> None:
-        self._dismiss(run)
-        for name, part in list(run.tuned.of_kind(Growing)):
+        for name, part in self.parts(run).items():
             run.tuned.exchange(name, mapped(part, Growing.final))

@@ -14,15 +14,14 @@ import math
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...core import fields
+from ...core.growth import GrowingRanks
 from ...core.init import normal, zeros
 from ...core.method import WeightMethod
-from ...core.moments import grow, refuse_sharing
+from ...core.moments import grow
 from ...core.operators.triangular import Triangular, widths
-from ...core.operators.triplet import orthogonality
 from ...core.registry import method
 from ...core.rule import Rule, Run
 from ...model.weights import Weight
@@ -33,6 +32,8 @@ STD = 0.02
 @method("triadaptlora", paper="2501.08008", family="adaptive")
 class TriAdaptLoRA(WeightMethod):
     """Low rank that grows; trains `r (in + out)` values a layer and two triangles, r the rank at the time."""
+
+    ordered = (("init_rank", "reference", "ranks only grow"),)
 
     init_rank: int = fields.positive(1, "rank of every layer at the start, the width of its first block")
     reference: int = fields.positive(8, "average rank of the layers at which growth stops")
@@ -46,13 +47,6 @@ class TriAdaptLoRA(WeightMethod):
     warmup: float = fields.number(0.05, "time before the first check: below 1 a share of the run, else steps", low=0)
     interval: int | None = fields.positive(None, "steps between two checks; none: a fiftieth of the run", optional=True)
     gamma: float = fields.number(0.5, "weight of the orthogonality penalty", low=0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.reference < self.init_rank:
-            raise ValueError(
-                f"triadaptlora: reference={self.reference} is below init_rank={self.init_rank}; ranks only grow"
-            )
 
     @property
     def block(self) -> int:
@@ -73,54 +67,56 @@ class TriAdaptLoRA(WeightMethod):
         return self.init_rank * (weight.fan_in + weight.fan_out) + 2 * self.init_rank**2
 
 
-class Strips(Rule):
+class Strips(GrowingRanks):
     """Checks the cores and lets the layers grow whose core rose most.
 
     Attributes:
         previous: by part, the norm of its core over its blocks at the last check.
     """
 
+    kind = Triangular
     memory = ("previous",)
 
     def __init__(self, method: TriAdaptLoRA) -> None:
-        self.method = method
+        super().__init__(method, method.reference)
         self.previous: dict[str, float] = {}
 
+    def factors(self, part: Any) -> tuple[Tensor, Tensor]:
+        return part.b, part.a
+
+    def interval(self, run: Run) -> int:
+        return self.method.interval or max(1, run.total_steps // 50)
+
     def attached(self, run: Run) -> None:
-        refuse_sharing("triadaptlora")
-        self.previous = {name: self._norm(part) for name, part in run.tuned.of_kind(Triangular)}
+        super().attached(run)
+        self.previous = {name: self._norm(part) for name, part in self.parts(run).items()}
+
+    def step_end(self, run: Run) -> None:
+        self.check(run, run.step)
 
     def _norm(self, part: Any) -> float:
         """The norm of a core over the number of its blocks; over a stack, of all its cores."""
         cores = [one.core() for one in part.each()] if hasattr(part, "each") else [part.core()]
         norm = math.sqrt(sum(float(core.detach().square().sum()) for core in cores))
-        return norm / len(widths(part.a.shape[-2], self.method.init_rank, self.method.block))
+        return norm / len(widths(self.rank(part), self.method.init_rank, self.method.block))
 
     def number(self, missing: int, step: int, run: Run) -> int:
         """How many layers grow at a check, given how many ranks are missing."""
-        first, layers = run.steps(self.method.warmup), len(list(run.tuned.of_kind(Triangular)))
+        first = run.steps(self.method.warmup)
         share = (step - first) / max(1, run.total_steps - first)
         number = int(missing * share) if self.method.growth == "linear" else int(math.exp(share * math.log(missing)))
-        return min(max(1, number), layers)
+        return min(max(1, number), len(self.parts(run)))
 
-    @torch.no_grad()
-    def step_end(self, run: Run) -> None:
-        parts = dict(run.tuned.of_kind(Triangular))
-        missing = self.method.reference * len(parts) - sum(part.a.shape[-2] for part in parts.values())
-        interval = self.method.interval or max(1, run.total_steps // 50)
-        due = missing > 0 and run.step > run.steps(self.method.warmup) and run.step % interval == 0
-        if due:
-            now = {name: self._norm(part) for name, part in parts.items()}
-            rise = {name: norm - self.previous[name] for name, norm in now.items()}
-            self.previous = now
-            for name in sorted(parts, key=lambda name: -rise[name])[: self.number(missing, run.step, run)]:
-                self._grow(name, parts[name], run)
-        if due or run.sampled:
-            run.record("ranks", {name: part.a.shape[-2] for name, part in parts.items()})
+    def grow(self, parts: dict[str, Any], missing: int, run: Run) -> None:
+        now = {name: self._norm(part) for name, part in parts.items()}
+        rise = {name: norm - self.previous[name] for name, norm in now.items()}
+        self.previous = now
+        for name in sorted(parts, key=lambda name: -rise[name])[: self.number(missing, run.step, run)]:
+            self._add_block(name, parts[name], run)
 
-    def _grow(self, name: str, part: Any, run: Run) -> None:
-        """Add a block: rows of A and of L at random, columns of B and of U zero."""
-        width, old, lead = self.method.block, part.a.shape[-2], part.a.shape[:-2]
+    def _add_block(self, name: str, part: Any, run: Run) -> None:
+        """Rows of A and of L at random, columns of B and of U zero."""
+        width, old, lead = self.method.block, self.rank(part), part.a.shape[:-2]
         drawn = partial(normal, *lead, std=STD, generator=run.generator(name))
         if self.method.divisor == "rank":
             part.b.mul_((old + width + 1e-5) / (old + 1e-5))
@@ -128,7 +124,3 @@ class Strips(Rule):
         grow(part.b, zeros(*lead, part.b.shape[-2], width), -1, run.optimizer)
         grow(part.lower, drawn(width * (old + width)), -1, run.optimizer)
         grow(part.upper, zeros(*lead, width * (old + width)), -1, run.optimizer)
-
-    def penalty(self, run: Run) -> Tensor | None:
-        pairs = ((part.b, part.a) for _, part in run.tuned.of_kind(Triangular))
-        return self.method.gamma * orthogonality(pairs) if self.method.gamma else None

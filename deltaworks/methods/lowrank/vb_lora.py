@@ -31,6 +31,7 @@ class VBLoRA(WeightMethod):
 
     exact_at_start = False
     default_lr = 1e-3
+    ordered = (("top", "vectors", "it chooses among them"),)
 
     rank: int = fields.positive(4, "inner dimension r")
     vectors: int = fields.positive(90, "h, vectors in the bank; the paper takes 2048 for a 7B model")
@@ -40,11 +41,6 @@ class VBLoRA(WeightMethod):
     top: int = fields.positive(2, "k, bank vectors in a mixture")
     dropout: float = fields.fraction(0.0, "probability of dropping an input feature of the branch")
     keep_logits: bool = fields.flag(False, "keep all logits after training, so that it can go on")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.top > self.vectors:
-            raise ValueError(f"vb_lora: top={self.top} is above vectors={self.vectors}; it chooses among them")
 
     def shared(self, base: Anatomy) -> dict[str, Shared]:
         weights = [weight_at(base.model, site) for site in base.select(self.on, what="weight")]
