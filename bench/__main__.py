@@ -9,6 +9,7 @@ import sys
 # The benchmarks, and the arguments with which each is done in a minute or so.
 BENCHMARKS: dict[str, list[str]] = {
     "step": ["--methods", "lora", "--repeats", "1", "--steps", "2", "--name", "quick-step"],
+    "shapes": ["--quick"],
     "run": ["--quick"],
     "growth": ["--quick"],
     "finished": ["--quick"],

@@ -60,6 +60,25 @@ def step(record: Mapping[str, Any], path: Path) -> None:
         _finish(figure, f"A training step of each method, {record['shape']}, {batch}", record, path)
 
 
+def shapes(record: Mapping[str, Any], path: Path) -> None:
+    """A step of LoRA over the frozen base's on each base: ours with both losses, PEFT's, and full fine-tuning."""
+    found = record["rows"]
+    with plt.rc_context(STYLE):
+        figure, grid = plt.subplots(
+            1, len(found), sharex=True, sharey=True, figsize=(2.6 * len(found), 2.4), squeeze=False,
+            layout="constrained",
+        )  # fmt: skip
+        for axis, (label, rows) in zip(grid[0], found.items(), strict=True):
+            full, lora, lean = (rows[slug] for slug in ("full", *sorted(set(rows) - {"full"}, key=len)))
+            bars = {"full fine-tuning": full["frozen"], "LoRA, PEFT": lora["peft_frozen"]}
+            bars |= {"LoRA, no logits": lean["frozen"], "LoRA": lora["frozen"]}
+            _bars(axis, list(bars), list(bars.values()))
+            axis.axvline(1.1, color=GOAL, linewidth=1)
+            axis.set_title(label.replace(", ", "\n"), fontsize=8)
+        grid[0][0].set_xlabel("goal for LoRA: at most 1.1", color=GOAL)
+        _finish(figure, "A step over the frozen base's", record, path)
+
+
 def run(record: Mapping[str, Any], path: Path) -> None:
     """A run of ours beside TRL's: seconds and memory, and their ratios above the bars."""
     rows = {name: row for name, row in record["rows"].items() if "ratios" in row}

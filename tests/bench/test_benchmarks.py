@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench import finished, finished_worker, growth, growth_worker, picture, run, run_worker, step_worker
+from bench import finished, finished_worker, growth, growth_worker, picture, run, run_worker, shapes, step, step_worker
 from bench.measure import heading, machine, ratio
 
 SIZE = {"hidden": 32, "inner": 64, "layers": 1, "heads": 2, "kv_heads": 2, "vocabulary": 128}
@@ -34,6 +34,19 @@ def test_a_step(side: str) -> None:
         settings |= {"targets": LINEAR, "settings": {"network_module": "loha", "lora_dim": 2}}
     figures = step_worker.measure(settings)
     assert finite(figures) and figures["seconds"] > 0 and figures["saved_bytes"] > 0
+
+
+def test_lora_on_several_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "SHAPES", {shape: SIZE for shape, _, _ in shapes.CASES})
+    monkeypatch.setattr(shapes, "CASES", (("small", 2, 8), ("wide", 1, 8)))
+    label, settings = next(iter(shapes.cases(quick=True).items()))
+    sides = {name: one for name, one in step.sides(settings, ["lora"]).items() if name in shapes.SIDES}
+    assert len(sides) == len(shapes.SIDES)
+    rows = step.rows({name: [step_worker.measure(one)] for name, one in sides.items()})
+    found = record(rows={label: rows})
+    assert shapes.table(found).count(f"| {label}") == 2
+    picture.shapes(found, tmp_path / "shapes.png")
+    assert (tmp_path / "shapes.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("side", ["ours", "peft"])

@@ -1,0 +1,86 @@
+"""`make bench ONLY=shapes`: the step of LoRA over the frozen base's, PEFT's and full fine-tuning's, four times."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from . import picture
+from .measure import RESULTS, forked, heading, interleaved, machine, over, write
+from .step import LEAN_LOSS, SHAPES, rows, sides
+
+# The base and its batch: examples, tokens of each.
+CASES: tuple[tuple[str, int, int], ...] = (
+    ("small", 16, 128), ("wide", 4, 128), ("wide", 16, 128), ("llama-1b-block", 16, 128),
+)  # fmt: skip
+SIDES = ("frozen", "full", "ours lora", "peft lora", f"ours {LEAN_LOSS}")
+COLUMNS = {
+    "time / frozen": "frozen",
+    "PEFT's / frozen": "peft_frozen",
+    "time / full": "full",
+    "time / PEFT": "peft",
+    "saved / PEFT": "peft_saved",
+    "saved / full": "full_saved",
+}
+
+
+def cases(quick: bool) -> dict[str, dict[str, Any]]:
+    """Label -> settings of a case."""
+    chosen = CASES[:1] if quick else CASES
+    found = {}
+    for shape, batch, tokens in chosen:
+        settings = SHAPES[shape] | {"batch": batch, "tokens": tokens, "dtype": "bfloat16", "steps": 2 if quick else 4}
+        label = f"{shape}: {settings['layers']} x {settings['hidden']} wide, {batch} x {tokens} tokens"
+        found[label] = settings
+    return found
+
+
+def table(record: dict[str, Any]) -> str:
+    """The Markdown table of a record."""
+    lines = heading("LoRA's training step on four bases", record)
+    lines += [
+        "Rank 8 on all linear layers of a Llama in bfloat16. Medians over repeats (least to greatest). Time over the "
+        "frozen base's forward and backward; saved bytes are what autograd keeps for backward beyond parameters.",
+        "",
+        f"| base and batch | {' | '.join(COLUMNS)} |",
+        f"|---|{'---|' * len(COLUMNS)}",
+    ]
+    for label, found in record["rows"].items():
+        for slug in ("lora", LEAN_LOSS):
+            cells = [over(found[slug].get(key)) for key in COLUMNS.values()]
+            lines.append(f"| {label}{'' if slug == 'lora' else ', loss without logits'} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the benchmark and write its results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="one repeat on one base, to see that it works")
+    parser.add_argument("--name", default="shapes")
+    options = parser.parse_args()
+    if options.quick:
+        options.name, options.repeats = f"quick-{options.name}", 1
+    chosen = {
+        label: {name: one for name, one in sides(settings, ["lora"]).items() if name in SIDES}
+        for label, settings in cases(options.quick).items()
+    }
+    flat = {f"{name} @ {label}": one for label, part in chosen.items() for name, one in part.items()}
+    taken = interleaved("bench.step_worker", flat, options.repeats, options.threads, forked)
+    samples = {label: {name: taken[f"{name} @ {label}"] for name in part} for label, part in chosen.items()}
+    record = {
+        "command": " ".join(["python -m bench --only shapes", *sys.argv[1:]]),
+        "machine": machine(),
+        "threads": options.threads,
+        "repeats": options.repeats,
+        "rows": {label: rows(part) for label, part in samples.items()},
+        "samples": samples,
+    }
+    write(options.name, record, table(record))
+    picture.shapes(record, RESULTS / f"{options.name}.png")
+
+
+if __name__ == "__main__":
+    main()
