@@ -52,6 +52,15 @@ def ends(block: Block, role: str) -> tuple[str | None, str | None]:
     return first, last
 
 
+def pieces(base: Anatomy, chosen: list[Site]) -> list[Site]:
+    """Every linear layer; a fused one of which only parts are chosen as its parts; in the model's order."""
+    partly = {(site.path, site.parameter) for site in chosen if site.part is not None}
+    whole = [site for site in base.select("all", what="weight") if (site.path, site.parameter) not in partly]
+    parts = [site for site in base.sites if site.part is not None and (site.path, site.parameter) in partly]
+    order = {site: index for index, site in enumerate(base.sites)}
+    return sorted(dict.fromkeys([*whole, *parts, *chosen]), key=lambda site: order.get(site, len(order)))
+
+
 def norm_parameters(base: Anatomy, sites: list[Site]) -> list[Site]:
     """A site for every scale and shift of some norms."""
     return [

@@ -71,6 +71,12 @@ def neurons(base: Anatomy, block: Block) -> dict[str, Site]:
     return {role: found[role] for role in ("gate", "up", "down") if whole and role in found}
 
 
+def neuron_masks(found: Mapping[str, Site], stays: Tensor) -> Iterator[tuple[Site, Tensor]]:
+    """The same for the neurons of a feed-forward part: rows of gate and up, columns of down."""
+    for role, site in found.items():
+        yield site, stays.unsqueeze(0) if role == "down" else stays.unsqueeze(1)
+
+
 @torch.no_grad()
 def without_heads(model: nn.Module, gone: Mapping[int, Sequence[int]]) -> nn.Module:
     """Take heads out of a model's layers for good, in place: query, key, value and output get smaller.

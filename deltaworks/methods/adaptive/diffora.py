@@ -10,14 +10,14 @@ Use it where only some kinds of weights should learn, and it is not known which.
 """
 
 import math
-from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...core import fields
-from ...core.experts import PerExpert
+from ...core.experts import mapped
 from ...core.init import kaiming, zeros
 from ...core.method import WeightMethod
 from ...core.moments import refuse_sharing, regroup
@@ -95,7 +95,7 @@ class Selection(Rule):
             return
         mine = self.of_thetas(run.step, run)
         self.thetas_made += mine
-        for name, part in gated(run.tuned):
+        for name, part in run.tuned.of_kind(Gated):
             if mine:
                 self._move(name, part.theta)
                 part.a.grad = part.b.grad = None
@@ -115,60 +115,56 @@ class Selection(Rule):
     def step_end(self, run: Run) -> None:
         if self.chosen is not None:
             return
-        if run.sampled or run.step == self.end(run):
-            run.record("gates", {name: float(torch.sigmoid(part.theta).mean()) for name, part in gated(run.tuned)})
-        if run.step == self.end(run):
-            self.chosen, names = self.selected(run.tuned), [name for name, _ in gated(run.tuned)]
-            self._discretise(run)
-            run.record("selected", {name: int(name in self.chosen) for name in names})
+        thetas, over = {name: part.theta for name, part in run.tuned.of_kind(Gated)}, run.step == self.end(run)
+        if run.sampled or over:
+            run.record("gates", {name: float(torch.sigmoid(theta).mean()) for name, theta in thetas.items()})
+        if over:
+            self.chosen = self.selected(run.tuned)
+            self._discretise(run, self.chosen)
+            run.record("selected", {name: int(name in self.chosen) for name in thetas})
 
     def selected(self, tuned: Tuned) -> list[str]:
         """The parts of largest theta in every block, `round(keep * number)` of each."""
-        blocks: dict[int | None, list[tuple[float, str]]] = {}
-        for name, part in gated(tuned):
-            blocks.setdefault(part.site.block, []).append((float(part.theta.mean()), name))
-        names = []
-        for found in blocks.values():
-            number = math.floor(self.method.keep * len(found) + 0.5)
-            names += [name for _, name in sorted(found, key=lambda pair: -pair[0])[:number]]
-        return names
+        blocks: dict[int | None, dict[str, float]] = {}
+        for name, part in tuned.of_kind(Gated):
+            blocks.setdefault(part.site.block, {})[name] = float(part.theta.mean())
+        ordered = [sorted(thetas, key=lambda name: -thetas[name]) for thetas in blocks.values()]
+        return [name for names in ordered for name in names[: math.floor(self.method.keep * len(names) + 0.5)]]
 
-    def _discretise(self, run: Run) -> None:
+    def _discretise(self, run: Run, chosen: list[str]) -> None:
         """Exchange the gated parts for plain and shared ones, all at their start."""
-        generator, parts = torch.Generator().manual_seed(run.seed), dict(gated(run.tuned))
-        kinds = {name: kind(part) for name, part in parts.items() if name not in (self.chosen or [])}
-        bank = self._bank(kinds, parts, generator)
+        generator, parts = torch.Generator().manual_seed(run.seed), dict(run.tuned.of_kind(Gated))
         settings: dict[str, Any] = {"scale": self.method.alpha / self.method.rank, "dropout": self.method.dropout}
+        rest = [part for name, part in parts.items() if name not in chosen]
+        bank = bank_for(rest, generator) if rest and self.method.share else None
+
+        def plain(gated: Gated) -> LowRank:
+            return LowRank(drawn(gated.a.shape, generator).to(gated.a), torch.zeros_like(gated.b), **settings)
+
         for name, part in parts.items():
-            lead = part.a.shape[:-2]
-            if name in kinds and bank is None:
+            if name in chosen:
+                run.tuned.exchange(name, mapped(part, plain))
+            elif bank is not None:
+                lent = partial(LentLowRank, bank, f"a_{kind(part)}", f"b_{kind(part)}", **settings)
+                run.tuned.exchange(name, mapped(part, lambda _, lent=lent: lent()), {"bank": bank})
+            else:
                 run.tuned.remove(name)
-                continue
-            made: list[Any] = []
-            for _ in range(lead.numel()):
-                if name in kinds and bank is not None:
-                    made.append(LentLowRank(bank, f"a_{kinds[name]}", f"b_{kinds[name]}", **settings))
-                else:
-                    a = drawn(part.a.shape[-2:], generator).to(part.a)
-                    made.append(LowRank(a, part.b.new_zeros(part.b.shape[-2:]), **settings))
-            shared = {"bank": bank} if name in kinds and bank is not None else None
-            run.tuned.exchange(name, PerExpert(made) if lead else made[0], shared)
         regroup(run.tuned, run.optimizer)
 
-    def _bank(self, kinds: dict[str, str], parts: dict[str, Any], generator: torch.Generator) -> FactorBank | None:
-        if not kinds or not self.method.share:
-            return None
-        like = {kind: parts[name] for name, kind in kinds.items()}
-        shapes: dict[str, Any] = {f"a_{kind}": part.a.shape[-2:] for kind, part in like.items()}
-        bank = FactorBank(shapes | {f"b_{kind}": part.b.shape[-2:] for kind, part in like.items()})
-        for kind, part in like.items():
-            bank.get_parameter(f"a_{kind}").copy_(drawn(part.a.shape[-2:], generator))
-        return bank.to(next(iter(like.values())).a)
-
     def resumed(self, run: Run) -> None:
-        if self.chosen is not None and any(gated(run.tuned)):
+        if self.chosen is not None and any(run.tuned.of_kind(Gated)):
             with torch.no_grad():
-                self._discretise(run)
+                self._discretise(run, self.chosen)
+
+
+def bank_for(parts: list[Any], generator: torch.Generator) -> FactorBank:
+    """One pair for every kind among some parts, A at random, B zero."""
+    shapes = {f"{key}_{kind(part)}": part.get_parameter(key).shape[-2:] for key in "ab" for part in parts}
+    bank = FactorBank(shapes).to(parts[0].a)
+    for name, factor in bank.named_parameters():
+        if name.startswith("a_"):
+            factor.copy_(drawn(factor.shape, generator))
+    return bank
 
 
 def drawn(shape: torch.Size, generator: torch.Generator) -> Tensor:
@@ -180,8 +176,3 @@ def kind(part: Any) -> str:
     """What weights that may share a pair have in common: role, or else the layer's name, and size."""
     role = part.site.role or part.site.path.rpartition(".")[2]
     return f"{role}_{part.b.shape[-2]}x{part.a.shape[-1]}".replace(".", "_")
-
-
-def gated(tuned: Tuned) -> Iterator[tuple[str, Any]]:
-    """Name and part of every layer that is still searched."""
-    return tuned.of_kind(Gated)

@@ -20,14 +20,16 @@ import torch
 from torch import Tensor
 
 from ...core import fields
+from ...core.importance import lowest
 from ...core.init import normal, zeros
 from ...core.method import Method, Placed, label, weight_at
 from ...core.operators.low_rank_sparse import outliers
 from ...core.operators.pruned_weight import Coefficients, Pruned, PrunedLowRankSparse
 from ...core.part import Shared
+from ...core.places import pieces
 from ...core.registry import method
 from ...core.rule import Rule, Run
-from ...core.shrinking import head_masks, heads, neurons
+from ...core.shrinking import head_masks, heads, neuron_masks, neurons
 from ...core.tuned import Tuned
 from ...model.anatomy import Anatomy, Site, describe
 from ...model.weights import Weight
@@ -62,7 +64,7 @@ class DSEE(Method):
 
     def parts(self, base: Anatomy, shared: dict[str, Shared], measured: Any) -> Iterator[Placed]:
         trained = base.select(self.on, what="weight")
-        for site in sites(base, trained):
+        for site in pieces(base, trained):
             weight = weight_at(base.model, site)
             if site in trained:
                 yield Placed(site, self.delta(weight), label(site))
@@ -89,33 +91,31 @@ class DSEE(Method):
         return self.rank * (weight.fan_in + weight.fan_out) + min(self.entries, weight.fan_in * weight.fan_out)
 
 
-def sites(base: Anatomy, trained: list[Site]) -> list[Site]:
-    """Every linear layer; of a fused one that trains in part, its parts."""
-    partly = {(site.path, site.parameter) for site in trained if site.part is not None}
-    whole = [site for site in base.select("all", what="weight") if (site.path, site.parameter) not in partly]
-    parts = [site for site in base.sites if site.part is not None and (site.path, site.parameter) in partly]
-    found = dict.fromkeys([*whole, *parts, *trained])
-    order = {site: index for index, site in enumerate(base.sites)}
-    return sorted(found, key=lambda site: order.get(site, len(order)))
-
-
 class Pruning(Rule):
     """Prunes once; from then on the masks are in the parts, and nothing changes them."""
 
     def __init__(self, method: DSEE) -> None:
         self.method = method
 
+    def time(self, run: Run) -> int:
+        """The step after which the base is pruned."""
+        return max(1, run.steps(self.method.first))
+
     @torch.no_grad()
     def step_end(self, run: Run) -> None:
-        if run.step != max(1, run.steps(self.method.first)):
+        if run.step != self.time(run):
             return
-        parts = dict(pruned(run.tuned))
-        scored = {"entries": self._entries, "heads": self._heads, "coefficients": self._coefficients}
-        masks = scored[self.method.prune](run.tuned, parts)
+        parts = dict(run.tuned.of_kind(Pruned, PrunedLowRankSparse))
+        if self.method.prune == "entries":
+            masks = self._entries(run.tuned, parts)
+        else:
+            of_units = self._heads if self.method.prune == "heads" else self._coefficients
+            stays = dict(of_units(run.tuned, describe(run.tuned.model)))
+            found = {name: part.site for name, part in parts.items() if part.site in stays}
+            masks = {n: stays[site].expand(weight_at(run.tuned.model, site).shape) for n, site in found.items()}
         for name, mask in masks.items():
             parts[name].prune(mask)
-        zeros = {name: 1 - float(mask.float().mean()) for name, mask in masks.items()}
-        run.record("pruned", zeros)
+        run.record("pruned", {name: 1 - float(mask.float().mean()) for name, mask in masks.items()})
 
     def _magnitude(self, tuned: Tuned, part: Any, score: str) -> Tensor:
         """Magnitudes of a weight's entries, of the change as well where there is one and it counts."""
@@ -128,67 +128,48 @@ class Pruning(Rule):
         """What stays, over two pools: the weights that train, and the others."""
         masks = {}
         for kind in (PrunedLowRankSparse, Pruned):
-            pool = [name for name, part in parts.items() if isinstance(part, kind)]
-            scores = [self._magnitude(tuned, parts[name], self.method.score) for name in pool]
-            flat = torch.cat([score.flatten().cpu() for score in scores]) if pool else torch.empty(0)
-            stays = torch.ones(len(flat), dtype=torch.bool)
-            stays[flat.argsort(stable=True)[: round(self.method.ratio * len(flat))]] = False
-            split = stays.split([score.numel() for score in scores])
-            for name, score, own in zip(pool, scores, split, strict=True):
-                masks[name] = own.view_as(score).to(score.device)
+            pool = {name: part for name, part in parts.items() if isinstance(part, kind)}
+            scores = {name: self._magnitude(tuned, part, self.method.score) for name, part in pool.items()}
+            size = sum(score.numel() for score in scores.values())
+            masks |= {name: ~out for name, out in lowest(scores, round(self.method.ratio * size)).items()}
         return masks
 
-    def _heads(self, tuned: Tuned, parts: dict[str, Any]) -> dict[str, Tensor]:
+    def _heads(self, tuned: Tuned, base: Anatomy) -> Iterator[tuple[Site, Tensor]]:
         """What stays when every layer loses its heads of least magnitude."""
-        base, masks = describe(tuned.model), {}
-        for block in base.blocks:
-            found = heads(base, block)
-            if found is None:
-                continue
-            scores = torch.zeros(found.units)
-            for part in parts.values():
-                if part.site in (found.sites["query"], found.sites["value"]):
-                    rows = self._magnitude(tuned, part, "WABS").sum(-1).cpu()
-                    scores += rows.view(found.units, -1).sum(-1)
-            gone = scores.argsort(stable=True)[: round(self.method.ratio * found.units)].tolist()
-            masks |= self._spread(tuned, parts, dict(head_masks(found, gone)))
-        return masks
+        parts = {part.site: part for _, part in tuned.of_kind(Pruned, PrunedLowRankSparse)}
+        for found in (heads(base, block) for block in base.blocks):
+            if found is not None:
+                scores = torch.zeros(found.units)
+                for site in (found.sites["query"], found.sites["value"]):
+                    if site in parts:
+                        rows = self._magnitude(tuned, parts[site], "WABS").sum(-1).cpu()
+                        scores += rows.view(found.units, -1).sum(-1)
+                yield from head_masks(found, weakest(scores, self.method.ratio))
 
-    def _coefficients(self, tuned: Tuned, parts: dict[str, Any]) -> dict[str, Tensor]:
+    def _coefficients(self, tuned: Tuned, base: Anatomy) -> Iterator[tuple[Site, Tensor]]:
         """What stays when every layer loses its heads and neurons of least coefficient; these are zeroed as well."""
-        base, masks = describe(tuned.model), {}
-        for part in (part for part in tuned.parts() if isinstance(part, Coefficients)):
-            assert part.site.block is not None
+        for _, part in tuned.of_kind(Coefficients):
             block, of_heads = base.blocks[part.site.block], part.site.role == UNITS[0]
-            share = self.method.ratio if of_heads else self.method.neurons
-            gone = part.c.abs().argsort(stable=True)[: round(share * len(part.c))]
+            gone = weakest(part.c.abs(), self.method.ratio if of_heads else self.method.neurons)
             part.stays[gone] = 0
-            found = heads(base, block)
-            if of_heads and found is not None:
-                masks |= self._spread(tuned, parts, dict(head_masks(found, gone.tolist())))
+            found = heads(base, block) if of_heads else None
+            if found is not None:
+                yield from head_masks(found, gone)
             elif not of_heads:
-                rows = part.stays.bool().unsqueeze(1)
-                masks |= self._spread(tuned, parts, dict.fromkeys(neurons(base, block).values(), rows))
-        return masks
-
-    def _spread(self, tuned: Tuned, parts: dict[str, Any], masks: dict[Site, Tensor]) -> dict[str, Tensor]:
-        """Masks of rows or columns as masks of entries, of the parts that can be pruned, by name."""
-        names = {part.site: name for name, part in parts.items() if part.site in masks}
-        return {name: masks[site].expand(weight_at(tuned.model, site).shape) for site, name in names.items()}
+                yield from neuron_masks(neurons(base, block), part.stays.bool())
 
     def gradients(self, run: Run) -> None:
-        if run.step >= max(1, run.steps(self.method.first)):
-            for part in run.tuned.parts():
-                if isinstance(part, Coefficients):
-                    part.c.grad = None  # the optimizer passes over what has no gradient
+        if run.step >= self.time(run):
+            for _, part in run.tuned.of_kind(Coefficients):
+                part.c.grad = None  # the optimizer passes over what has no gradient
 
     def penalty(self, run: Run) -> Tensor | None:
-        every = [part.c.abs().sum() for part in run.tuned.parts() if isinstance(part, Coefficients)]
-        if not every or not self.method.l1 or run.step >= max(1, run.steps(self.method.first)):
+        every = [part.c.abs().sum() for _, part in run.tuned.of_kind(Coefficients)]
+        if not every or not self.method.l1 or run.step >= self.time(run):
             return None
         return self.method.l1 * torch.stack([one.to(every[0].device) for one in every]).sum()
 
 
-def pruned(tuned: Tuned) -> Iterator[tuple[str, Any]]:
-    """Name and part of every weight that may be pruned."""
-    return ((name, part) for name, part in tuned.named_parts() if isinstance(part, (Pruned, PrunedLowRankSparse)))
+def weakest(scores: Tensor, share: float) -> list[int]:
+    """The units of least score, this share of them."""
+    return scores.argsort(stable=True)[: round(share * len(scores))].tolist()
