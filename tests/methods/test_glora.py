@@ -12,7 +12,7 @@ from torch import nn
 import deltaworks as dw
 from deltaworks.core.evolution import Sizes, evolve
 from deltaworks.core.operators.general import BIAS_TERMS, WEIGHT_TERMS
-from deltaworks.methods.lowrank.glora import search
+from deltaworks.core.supernet import search
 from tests.methods.toys import attach, net, nudge, part
 
 TERMS = {**WEIGHT_TERMS, **BIAS_TERMS}

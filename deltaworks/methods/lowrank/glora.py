@@ -4,27 +4,25 @@ W' = W + W * A + B,  b' = b + b * D + E + W C  (A elementwise, as in the officia
 of rank r), "vector" (one value an output), "constant" or "none"; C, added to what the layer reads, is "lora", "vector"
 or "none"; D and E are "vector", "constant" or "none". All start at zero; a missing bias is made.
 `supernet` trains all kinds at once: every call in training draws one of 432 configurations for its layer. Then
-`search` finds each layer's by evolution under a budget of parameters, and drops the rest.
+`core.supernet.search` finds each layer's by evolution under a budget of parameters, and drops the rest.
 Fused experts have no bias of their own here and take A and B only.
 Use it where a merged change of any kind is welcome and a validation set can choose its shape.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...core import fields
-from ...core.evolution import Genome, Sizes, evolve
 from ...core.experts import PerExpert
 from ...core.init import zeros
 from ...core.method import LINEAR, Method, Placed, experts_of, label, weight_at
-from ...core.operators.general import BIAS_TERMS, WEIGHT_TERMS, BiasTerms, Terms, WeightTerms
+from ...core.operators.general import BIAS_TERMS, WEIGHT_TERMS, BiasTerms, WeightTerms
 from ...core.part import Shared
 from ...core.registry import method
-from ...core.tuned import Tuned
 from ...model.anatomy import Anatomy
 from ...model.weights import Weight
 
@@ -88,80 +86,3 @@ class GLoRA(Method):
             bound = (6 / (self.rank + columns)) ** 0.5
             return {f"{name}d": zeros(rows, self.rank), f"{name}u": torch.rand(self.rank, columns) * 2 * bound - bound}
         return {} if kind == "none" else {f"{name}d": zeros(rows if kind == "vector" else 1, 1)}
-
-
-@dataclass(frozen=True)
-class Found:
-    """The outcome of a search.
-
-    Attributes:
-        kinds: of every part, by name.
-        score: of the configuration.
-        parameters: that it trains.
-        history: the best score after each generation.
-    """
-
-    kinds: dict[str, dict[str, str]]
-    score: float
-    parameters: int
-    history: list[float]
-
-
-def search(
-    tuned: Tuned,
-    score: Callable[[], float],
-    *,
-    budget: int = 1_000_000,
-    sizes: Sizes | None = None,
-    seed: int = 0,
-    settle: bool = True,
-) -> Found:
-    """Find every layer's configuration by evolution, and leave the adapter in it.
-
-    Args:
-        tuned: a `glora` adapter that was trained with `supernet=True`.
-        score: a number for the model as it is set at the time, such as accuracy on held-out data; larger is better.
-        budget: largest number of parameters of a configuration.
-        sizes: of the search; none for the paper's.
-        seed: the same seed gives the same search.
-        settle: drop the tensors that the result does not use; else the supernet stays, set to the result.
-
-    Raises:
-        ValueError: when the adapter has no supernet.
-    """
-    parts = {name: part for name, part in tuned.named_parts() if isinstance(part, Terms) and part.searching}
-    if not parts:
-        raise ValueError(f"{tuned.name} has no supernet to search; attach glora with supernet=True and train it")
-    genes = [(name, term) for name, part in parts.items() for term in part.choices]
-    costs = [{kind: _cost(parts[name], term, kind) for kind in parts[name].choices[term]} for name, term in genes]
-
-    def configure(genome: Genome) -> None:
-        for name, part in parts.items():
-            part.configure({term: kind for (owner, term), kind in zip(genes, genome, strict=True) if owner == name})
-
-    def scored(genome: Genome) -> float:
-        configure(genome)
-        return float(score())
-
-    modes = {module: module.training for module in tuned.model.modules()}
-    tuned.model.eval()
-    try:
-        best, history = evolve(costs, scored, budget, sizes or Sizes(), seed)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    configure(best)
-    kinds = {name: dict(part.kinds) for name, part in parts.items()}
-    if settle:
-        for name, part in parts.items():
-            tuned.exchange(name, part.settled())
-    return Found(kinds, history[-1], sum(cost[kind] for cost, kind in zip(costs, best, strict=True)), history)
-
-
-def _cost(part: Terms, term: str, kind: str) -> int:
-    """How many values a term of a kind trains."""
-    down, up = getattr(part, f"{term}d"), getattr(part, f"{term}u", None)
-    if down is None:
-        return 0
-    lora = down.numel() + up.numel() if up is not None else 0
-    return {"lora": lora, "vector": down.shape[0], "constant": 1, "none": 0}[kind]
