@@ -23,7 +23,7 @@ from ..model.kinds import has_statistics
 from ..model.weights import CONVOLUTIONS, Weight, consumes, dequantised, is_ordinary, is_quantised
 from .attention import Attending, attended
 from .operators.effective import effective_linear, folded
-from .operators.low_rank import Factored, lifted
+from .operators.low_rank import Factored, add_branches, lifted
 from .part import Delta, Module, Part, Trained, Wrapper
 from .sharing import Share, Sharing
 
@@ -210,7 +210,14 @@ class Graft(nn.Module):
         chosen: dict[str, list[Part]],
         routing: tuple[str | None, ...],
     ) -> Tensor:
-        """A linear layer's output: one product for the examples of each adapter, none for the batch as a whole."""
+        """A linear layer's output: one product for the examples of each adapter, none for the batch as a whole.
+
+        Low-rank changes that nobody differentiates are added beside one product for all.
+        """
+        if not torch.is_grad_enabled() and all(_low_rank(parts, x) for parts in chosen.values() if parts):
+            args, kwargs = place(x)
+            each: list[Any] = [next(iter(chosen.get(name or "", ())), None) for name in routing]
+            return add_branches(each, x, call(*args, **kwargs))
         groups: dict[str | None, list[int]] = {}
         for row, name in enumerate(routing):
             groups.setdefault(name if chosen.get(name or "") else None, []).append(row)
@@ -239,6 +246,17 @@ class Graft(nn.Module):
             if isinstance(part, Delta) and part.site.parameter == parameter
         ]
         return _folded(layer, parameter, deltas) if deltas else stored
+
+
+def _low_rank(parts: list[Part], x: Tensor) -> bool:
+    """Whether all that acts is one low-rank change of the whole weight, and nothing keeps it from being batched."""
+    one = parts[0]
+    return (
+        len(parts) == 1
+        and isinstance(one, Factored)
+        and (one.site.parameter, one.site.rows) == ("weight", None)
+        and one.shareable(x)
+    )
 
 
 def _sorted(parts: list[Part], active: tuple[str, ...] = (), merged: tuple[str, ...] = ()) -> Acting:

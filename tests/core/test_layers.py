@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -172,6 +174,28 @@ def test_examples_of_one_batch_can_have_different_adapters() -> None:
     with pytest.raises(ValueError, match="one adapter name per example"), dw.route(model, ["a"]):
         model(**inputs)
     assert torch.equal(model(**inputs).logits, base)
+
+
+def test_low_rank_changes_of_a_batch_are_added_beside_one_product() -> None:
+    layers: list[Any] = [torch.nn.Linear(6, 9), torch.nn.Linear(9, 4, bias=False)]
+    model = torch.nn.Sequential(*layers).double().requires_grad_(False)
+    x = torch.randn(4, 5, 6, dtype=torch.float64)
+    alone: dict[str | None, torch.Tensor] = {None: model(x)}
+    methods = {"a": dw.LoRA(rank=2, on="all"), "b": dw.PiSSA(rank=3, on="all"), "c": dw.LoRA(rank=4, on=["0"])}
+    for name, method in methods.items():
+        moved(dw.attach(model, method, name=name))
+        dw.activate(model, name)
+        alone[name] = model(x)
+    calls: list[tuple[int, ...]] = []
+    with mock.patch.object(torch.nn.functional, "linear", wraps=torch.nn.functional.linear) as product:
+        for routing in (["b", "a", None, "b"], ["c", "a", "b", "a"], [None, None, None, "c"]):
+            with torch.no_grad(), dw.route(model, routing):
+                mixed = model(x)
+            calls.append(tuple(call.args[0].shape[0] for call in product.call_args_list))
+            product.reset_mock()
+            for row, name in enumerate(routing):
+                assert torch.allclose(mixed[row], alone[name][row])
+    assert calls == [(4, 4)] * 3
 
 
 def test_new_names_are_checked() -> None:

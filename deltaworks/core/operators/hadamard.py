@@ -103,9 +103,7 @@ class TuckerHadamard(Delta):
         rank = len(a1)
         if t1.shape != t2.shape or a1.shape != a2.shape or b1.shape != b2.shape or t1.shape[:2] != (rank, len(b1)):
             shapes = [list(t.shape) for t in (t1, a1, b1, t2, a2, b2)]
-            raise ValueError(
-                f"cores and factors {shapes} make no product; they are r x r x k, r x out, r x c"
-            )
+            raise ValueError(f"cores and factors {shapes} make no product; they are r x r x k, r x out, r x c")
         self.t1, self.a1, self.b1 = nn.Parameter(t1), nn.Parameter(a1), nn.Parameter(b1)
         self.t2, self.a2, self.b2 = nn.Parameter(t2), nn.Parameter(a2), nn.Parameter(b2)
         self.scale = scale

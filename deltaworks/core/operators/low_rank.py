@@ -131,6 +131,31 @@ def linear_with_branch(
     return _LowRankLinear.apply(x, weight, bias, a, b, scale, survive, shift)  # type: ignore[return-value]
 
 
+def add_branches(parts: Sequence[Factored | None], x: Tensor, y: Tensor) -> Tensor:
+    """`y` with every example's own `scale (x A^T) B^T` added, in two batched products; `y` may be overwritten.
+
+    Args:
+        parts: one for each example, None for none; without dropout.
+        x: `examples x ... x in`.
+        y: `examples x ... x out`.
+    """
+    own = list(dict.fromkeys(part for part in parts if part is not None))
+    rank, lows, highs = max(part.rank for part in own), [], []
+    for part in own:  # factors of a lower rank are filled up with zeros
+        a, b = part.factors()
+        lows.append(nn.functional.pad(a.to(x.dtype) * part.scale, (0, 0, 0, rank - len(a))))
+        highs.append(nn.functional.pad(b.to(x.dtype), (0, rank - len(a))))
+    low, high = torch.stack(lows), torch.stack(highs)
+    rows = [row for row, part in enumerate(parts) if part is not None]
+    which = torch.tensor([own.index(parts[row]) for row in rows], device=x.device)  # type: ignore[arg-type]
+    index = None if len(rows) == len(parts) else torch.tensor(rows, device=x.device)
+    mine = (x if index is None else x.index_select(0, index)).reshape(len(rows), -1, x.shape[-1])
+    z, up = mine @ low[which].mT, high[which].mT
+    if index is None:
+        return y.reshape(len(rows), -1, y.shape[-1]).baddbmm_(z, up).view(y.shape)
+    return y.index_add_(0, index, (z @ up).view(len(rows), *y.shape[1:]))
+
+
 def lowered(x: Tensor, factors: Sequence[Tensor], scale: float) -> tuple[Tensor, ...]:
     """`x`, then `x A^T` for each of several A, as one product forward and one backward.
 

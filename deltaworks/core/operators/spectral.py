@@ -61,10 +61,8 @@ class Spectral(Scaled, Built):
     def built(self, weight: Tensor) -> Tensor:
         if not self._by_products(weight.dtype):
             return self.fold(weight)
-        even, odd = (
-            wave.T @ sums if self._rows_narrower else sums.T @ wave
-            for wave, sums in zip(self._waves_of(self._narrow, weight), self._sums(weight, self.c.detach()), strict=True)
-        )
+        pairs = zip(self._waves_of(self._narrow, weight), self._sums(weight, self.c.detach()), strict=True)
+        even, odd = (wave.T @ sums if self._rows_narrower else sums.T @ wave for wave, sums in pairs)
         made, factor = weight.clone(memory_format=torch.contiguous_format), self.scale / (self.fan_out * self.fan_in)
         for part, turns in ((even + odd, ((), (0, 1))), (even.sub_(odd), ((0,), (1,)))):
             for dims in turns:
