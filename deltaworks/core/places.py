@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..model.anatomy import Anatomy, Block, Site
+from ..model.anatomy import Anatomy, Block, Site, Stack
 
 
 def blocks_at(base: Anatomy, on: object, slug: str) -> list[Block]:
@@ -50,6 +50,21 @@ def ends(block: Block, role: str) -> tuple[str | None, str | None]:
     if whole is not None and last is not None and (last == whole or last.startswith(whole + ".") or role == "mlp"):
         return whole, whole
     return first, last
+
+
+def positions(base: Anatomy, stack: Stack) -> list[str]:
+    """The modules that embed or rotate by the positions of a stack's text; none where it reads no text, or has none."""
+    around = stack.path.rpartition(".")[0]
+    names = around.split(".")
+    owners = (base.model.get_submodule(".".join(names[:end])) for end in range(len(names), -1, -1))
+    read = next((owner.main_input_name for owner in owners if hasattr(owner, "main_input_name")), "input_ids")
+    if read != "input_ids":
+        return []
+    found = [stack.position] if stack.position else []
+    for path, module in base.model.get_submodule(around).named_modules(prefix=around):
+        if any(name.endswith("inv_freq") for name in module._buffers):
+            found.append(path)
+    return found
 
 
 def pieces(base: Anatomy, chosen: list[Site]) -> list[Site]:

@@ -96,9 +96,9 @@ def test_the_step_is_clipped_by_the_projected_full_gradient() -> None:
         full = twin.get_submodule(delta.site.path).weight.grad
         total += (full @ torch.linalg.pinv(delta.a) @ delta.a).square().sum()
     model(x).square().sum().backward()
-    pairs = [("", delta.a, delta.b) for delta in tuned.parts()]
     rule = tuned.run(1).rules[0]
-    assert rule._clipping(pairs, "b") == pytest.approx(0.5 / float(total.detach().sqrt()), rel=1e-4)
+    sides = [rule.sides(delta.a, delta.b)["b"] for delta in tuned.parts()]
+    assert rule.clipping(sides) == pytest.approx(0.5 / float(total.detach().sqrt()), rel=1e-4)
 
 
 def test_everything_else_is_stepped_by_the_optimizer_and_experts_too() -> None:

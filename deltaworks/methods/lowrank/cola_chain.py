@@ -26,11 +26,9 @@ from ...model.weights import Weight
 FALLING = "a list of whole numbers of at least 1, none above the one before, or none"
 
 
-def _falling(value: Any) -> str | None:
-    if value is None:
-        return None
-    good = isinstance(value, (list, tuple)) and all(type(rank) is int and rank >= 1 for rank in value)
-    return None if good and value and list(value) == sorted(value, reverse=True) else FALLING
+def _falling(ranks: Any) -> bool:
+    good = isinstance(ranks, (list, tuple)) and ranks and all(type(rank) is int and rank >= 1 for rank in ranks)
+    return ranks is None or bool(good and list(ranks) == sorted(ranks, reverse=True))
 
 
 @method("cola_chain", paper="2401.04151", family="lowrank")
@@ -43,7 +41,7 @@ class ColaChain(WeightMethod):
     alpha: float = fields.number(16.0, "numerator of the scale alpha / rank", above=0)
     dropout: float = fields.fraction(0.0, "probability of dropping an input feature of the branch")
     links: int = fields.positive(2, "M, length of the chain; 1 is LoRA")
-    ranks: Any = fields.field(None, "falling ranks of the links, instead of rank and links", _falling, FALLING)
+    ranks: Any = fields.declared(None, "falling ranks of the links, instead of rank and links", FALLING, _falling)
     restart: bool = fields.flag(True, "begin the learning rate anew with every link; else the run's schedule goes on")
 
     @property
@@ -54,11 +52,8 @@ class ColaChain(WeightMethod):
     def delta(self, weight: Weight) -> LowRank:
         r, past = self.chain[0], sum(self.chain[:-1])
         a, b = kaiming(r, weight.fan_in), zeros(weight.fan_out, r)
-        scale = self.alpha / r
-        if not past:
-            return LowRank(a, b, scale=scale, dropout=self.dropout)
-        a0, b0 = zeros(past, weight.fan_in), zeros(weight.fan_out, past)
-        return LowRank(a, b, scale=scale, dropout=self.dropout, a0=a0, b0=b0)
+        room: dict[str, Any] = {"a0": zeros(past, weight.fan_in), "b0": zeros(weight.fan_out, past)} if past else {}
+        return LowRank(a, b, scale=self.alpha / r, dropout=self.dropout, **room)
 
     def rules(self) -> list[Rule]:
         return [Knots(self.chain, self.restart)] if len(self.chain) > 1 else []

@@ -50,11 +50,12 @@ class LoFT(WeightMethod):
         return self.rank * (weight.fan_in + weight.fan_out)
 
 
+Side = tuple[Tensor, Tensor, Tensor, Tensor]
+"""A factor as the L (`... n x r`) of a product L R, its gradient, R (`... r x m`), the root of R R^T + damp I."""
+
+
 class FullAdam(Rule):
     """Steps one factor of every pair and keeps the moments of both.
-
-    A is treated as its transpose, so that either factor is an L (`... n x r`) in a product L R with its partner R
-    (`... r x m`).
 
     Attributes:
         moments: by factor's name: `m` (`n x r`), `s` (`n x r x r`), and the partner they were measured with.
@@ -72,66 +73,60 @@ class FullAdam(Rule):
     def gradients(self, run: Run) -> None:
         settings, moving = run.settings(), "ba"[self.calls % 2]
         held = run.tuned.tensors_of(LowRank, "a", "b")
-        pairs = [(name, a, b) for name, (a, b) in held if a.grad is not None and b.grad is not None]
+        pairs = {name: pair for name, pair in held if pair[0].grad is not None and pair[1].grad is not None}
+        every = {name: self.sides(*pair) for name, pair in pairs.items()}
         self.calls += 1
-        share = self._clipping(pairs, moving)
-        for name, a, b in pairs:
-            sides = {"b": (b, b.grad, a, self.method.damp_b), "a": (a.mT, a.grad, b.mT, self.method.damp_a)}
-            steps = {}
-            for key, (left, gradient, partner, damp) in sides.items():
-                assert gradient is not None
-                g = (gradient if key == "b" else gradient.mT) * share
-                steps[key] = self._observed(f"{name}.{key}", left, g, partner, damp, key == moving)
-            group = settings[id(b if moving == "b" else a)]
-            left, step = sides[moving][0], steps[moving]
-            assert step is not None
-            left.mul_(1 - group["lr"] * group.get("weight_decay", 0.0)).sub_(step * group["lr"])
+        share = self.clipping([sides[moving] for sides in every.values()])
+        for name, (a, b) in pairs.items():
+            for key, side in every[name].items():
+                self._observe(f"{name}.{key}", side, share)
+            side, group = every[name][moving], settings[id(b if moving == "b" else a)]
+            step = self._step(self.moments[f"{name}.{moving}"], side)
+            side[0].mul_(1 - group["lr"] * group.get("weight_decay", 0.0)).sub_(step * group["lr"])
             a.grad = b.grad = None  # the optimizer passes over what has no gradient
 
-    def _observed(self, name: str, left: Tensor, g: Tensor, partner: Tensor, damp: float, moves: bool) -> Tensor | None:
-        """Take a gradient into the moments of a factor; what to move it by, times the learning rate, if it moves."""
-        beta1, beta2 = self.method.beta1, self.method.beta2
-        gram = partner @ partner.mT
-        lower = torch.linalg.cholesky(gram + damp * torch.eye(gram.shape[-1]).to(gram))
-        g = over(g, lower)
-        state = self.moments.get(name)
+    def sides(self, a: nn.Parameter, b: nn.Parameter) -> dict[str, Side]:
+        """Either factor as an L, by its name; A is its transpose."""
+        assert a.grad is not None and b.grad is not None
+        of_b = b, b.grad, a, root(a, self.method.damp_b)
+        return {"b": of_b, "a": (a.mT, a.grad.mT, b.mT, root(b.mT, self.method.damp_a))}
+
+    def clipping(self, sides: list[Side]) -> float:
+        """The factor for all gradients: so that the projected full gradient of what moves is at most `clip` long."""
+        if not self.method.clip or not sides:
+            return 1.0
+        total = 0.0
+        for _, gradient, partner, lower in sides:
+            g = over(gradient, lower)
+            total += float(((g @ (partner @ partner.mT)) * g).sum())
+        return min(1.0, self.method.clip / (max(total, 0.0) ** 0.5 + 1e-6))
+
+    def _observe(self, name: str, side: Side, share: float) -> None:
+        """Take a gradient into the moments of a factor, which are carried over to the partner as it is now."""
+        (left, gradient, partner, lower), beta1, beta2 = side, self.method.beta1, self.method.beta2
+        g, state = over(gradient * share, lower), self.moments.get(name)
         if state is None:
-            shape = (*left.shape, left.shape[-1])
-            m, s = torch.zeros_like(left), torch.zeros(shape, dtype=left.dtype, device=left.device)
+            m, s = torch.zeros_like(left), left.new_zeros(*left.shape, left.shape[-1])
         else:
             carry = over(state["partner"].to(partner) @ partner.mT, lower)
-            m = state["m"].to(left) @ carry
-            s = twice(state["s"].to(left), carry)
+            m, s = state["m"].to(left) @ carry, twice(state["s"].to(left), carry)
         m = beta1 * m + (1 - beta1) * g
         s = s.mul_(beta2).addcmul_(g.unsqueeze(-1), g.unsqueeze(-2), value=1 - beta2)
         self.moments[name] = {"m": m, "s": s, "partner": partner.clone()}
-        if not moves:
-            return None
+
+    def _step(self, state: dict[str, Tensor], side: Side) -> Tensor:
+        """What to move a factor by, times the learning rate."""
+        (left, _, partner, lower), m, s = side, state["m"], state["s"]
         # S is symmetric: row by row, a^T S a is one product with the distinct products of a's entries.
         i, j = torch.triu_indices(*s.shape[-2:], device=s.device)
         squares = partner[..., i, :] * partner[..., j, :] * torch.where(i == j, 1.0, 2.0).to(partner).unsqueeze(-1)
         projected = torch.empty_like(left)
         for rows in torch.arange(left.shape[-2]).split(ROWS):
             chosen = slice(int(rows[0]), int(rows[-1]) + 1)
-            second = (s[..., chosen, i, j] @ squares).clamp_(min=0).div_(1 - beta2**self.calls).sqrt_()
+            second = (s[..., chosen, i, j] @ squares).clamp_(min=0).div_(1 - self.method.beta2**self.calls).sqrt_()
             update = (m[..., chosen, :] @ partner).div_(second.add_(self.method.eps))
-            projected[..., chosen, :] = update @ partner.mT / (1 - beta1**self.calls)
+            projected[..., chosen, :] = update @ partner.mT / (1 - self.method.beta1**self.calls)
         return over(projected, lower)
-
-    def _clipping(self, pairs: list[tuple[str, nn.Parameter, nn.Parameter]], moving: str) -> float:
-        """The factor for all gradients: so that the projected full gradient of what moves is at most `clip` long."""
-        if not self.method.clip or not pairs:
-            return 1.0
-        total = 0.0
-        for _, a, b in pairs:
-            assert a.grad is not None and b.grad is not None
-            g, partner, damp = (
-                (b.grad, a, self.method.damp_b) if moving == "b" else (a.grad.mT, b.mT, self.method.damp_a)
-            )
-            gram = partner @ partner.mT
-            g = over(g, torch.linalg.cholesky(gram + damp * torch.eye(gram.shape[-1]).to(gram)))
-            total += float(((g @ gram) * g).sum())
-        return min(1.0, self.method.clip / (max(total, 0.0) ** 0.5 + 1e-6))
 
 
 def twice(stack: Tensor, carry: Tensor) -> Tensor:
@@ -139,6 +134,12 @@ def twice(stack: Tensor, carry: Tensor) -> Tensor:
     for _ in range(2):
         stack = (stack.flatten(-3, -2) @ carry).view(stack.shape).mT.contiguous()
     return stack
+
+
+def root(partner: Tensor, damp: float) -> Tensor:
+    """The Cholesky factor of R R^T + damp I."""
+    gram = partner @ partner.mT
+    return torch.linalg.cholesky(gram + damp * torch.eye(gram.shape[-1]).to(gram))
 
 
 def over(matrix: Tensor, lower: Tensor) -> Tensor:

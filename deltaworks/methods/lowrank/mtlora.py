@@ -33,9 +33,9 @@ MODES = ("matrix", "matrixv2", "addition")
 RECIPE = ["patch", "norm", r".*relative_position_bias.*", r".*downsample\.reduction"]
 
 
-def _names(value: Any) -> str | None:
-    good = isinstance(value, (list, tuple)) and all(isinstance(one, str) and one for one in value)
-    return None if good and len(set(value)) == len(value) else "a list of different names"
+def _different(names: Any) -> bool:
+    good = isinstance(names, (list, tuple)) and all(isinstance(one, str) and one for one in names)
+    return good and len(set(names)) == len(names)
 
 
 @method("mtlora", paper="2403.20320", family="lowrank")
@@ -49,7 +49,7 @@ class MTLoRA(Method):
     refuses = ("mixtral", "mamba")
 
     on: Any = fields.sites(LINEAR)
-    tasks: Any = fields.field([], "names of the tasks", _names, "a list of different names")
+    tasks: Any = fields.declared([], "names of the tasks", "a list of different names", _different)
     rank: int = fields.positive(64, "r_s, rank of the shared change")
     task_rank: int = fields.positive(4, "r_t, rank of each task's change")
     scale: float = fields.number(4.0, "s_s, factor of the shared change", above=0)
@@ -101,17 +101,8 @@ class MTLoRA(Method):
                 gain, shift = ones(weight.fan_out), zeros(weight.fan_out)
                 return AddedTasks(task_a, task_b, gain, shift, streams, self.task_scale, self.dropout)
         a, b = kaiming(self.rank, weight.fan_in), zeros(weight.fan_out, self.rank)
-        return MultiTask(
-            a,
-            b,
-            streams,
-            scale=self.scale,
-            dropout=self.dropout,
-            task_a=task_a,
-            task_b=task_b,
-            task_scale=self.task_scale,
-            joint=self.mode == "matrixv2",
-        )
+        own = (task_a, task_b, self.task_scale, self.mode == "matrixv2")
+        return MultiTask(a, b, streams, self.scale, self.dropout, *own)
 
 
 @contextlib.contextmanager

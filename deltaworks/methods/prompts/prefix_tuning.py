@@ -21,6 +21,7 @@ from ...core.init import normal
 from ...core.method import Method, Placed
 from ...core.operators.prefix import EncodedPrefix, PrefixEncoder, PrefixKV, ShiftedPositions
 from ...core.part import Shared
+from ...core.places import positions
 from ...core.registry import method
 from ...core.rule import Rule, Run
 from ...model.anatomy import Anatomy, Block, Site
@@ -85,16 +86,15 @@ class PrefixTuning(Method):
 
     def _attentions(self, base: Anatomy) -> list[tuple[str, Block, str]]:
         """Path, block and kind of every attention that gets a prefix."""
-        every = [
+        chosen = [
             (path, block, f"{block.stack}.{name}")
             for block in base.blocks
             for name, path in (("self", block.attention), ("cross", block.cross_attention))
             if path is not None
         ]
-        chosen = every
         if self.on != "all":
             under = [site.path for site in base.select(self.on, what="module")]
-            chosen = [item for item in every if any(f"{item[0]}.".startswith(f"{path}.") for path in under)]
+            chosen = [item for item in chosen if any(f"{item[0]}.".startswith(f"{path}.") for path in under)]
         model = type(base.model).__name__
         if not chosen:
             raise ValueError(f"prefix_tuning finds no attention in {model} (on={self.on!r}); take lora")
@@ -118,38 +118,21 @@ class PrefixTuning(Method):
 
     def _shifts(self, base: Anatomy, kinds: set[str]) -> Iterator[Placed]:
         """Parts that shift the positions of every stack whose self-attention gets a prefix."""
-        for stack in base.stacks:
-            if f"{stack.name}.self" not in kinds:
-                continue
-            around = stack.path.rpartition(".")[0]
-            owners = (base.model.get_submodule(path) for path in _upwards(around))
-            read = next((owner.main_input_name for owner in owners if hasattr(owner, "main_input_name")), "input_ids")
-            places = [stack.position] if stack.position else []
-            for path, module in base.model.get_submodule(around).named_modules():
-                if any(name.endswith("inv_freq") for name in module._buffers):
-                    places.append(".".join(part for part in (around, path) if part))
-            if read != "input_ids" or not places:
+        for stack in (stack for stack in base.stacks if f"{stack.name}.self" in kinds):
+            paths = positions(base, stack)
+            if not paths:
                 raise ValueError(
                     f"prefix_tuning: positions='shifted' needs text with learned or rotary positions, which "
                     f"the {stack.name} of {type(base.model).__name__} has not; take positions='text'"
                 )
-            for path in places:
+            for path in paths:
                 site = Site(path, role="position", kind="other", parameter=None)
                 yield Placed(site, ShiftedPositions(self.length), "shift")
-
-
-def _upwards(path: str) -> Iterator[str]:
-    """A module's path and those of all that contain it, the innermost first."""
-    while path:
-        yield path
-        path = path.rpartition(".")[0]
-    yield ""
 
 
 class Tabulation(Rule):
     """Puts the table in the place of the MLP when training is over."""
 
     def finished(self, run: Run) -> None:
-        for name, part in list(run.tuned.named_parts()):
-            if isinstance(part, EncodedPrefix):
-                run.tuned.exchange(name, part.tabulated())
+        for name, part in list(run.tuned.of_kind(EncodedPrefix)):
+            run.tuned.exchange(name, part.tabulated())
