@@ -9,6 +9,7 @@ matrix needs no gradient, no optimizer state, and, if it is A, no saved input. A
 Use it as a VeRA of low rank that learns its projections: it ends at `rank + out` trained values a layer.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -105,15 +106,12 @@ class Freezing(Rule):
             if matrix.grad is not None:
                 size = matrix.grad.abs()
                 self.sums[name] = self.sums[name].to(size).add_(size) if name in self.sums else size
-        if step % self.method.interval == 0:
+        keep, due = self.keep(step, run), step % self.method.interval == 0
+        if due:
             for name, total in self.sums.items():
                 self.sensitivity.observe(name, total / self.window)
             self.sums, self.window = {}, 0
-        keep = self.keep(step, run)
-        if keep == 0:
-            doomed = list(live)
-        else:
-            doomed = self._lowest(live, keep) if keep < 1 and step % self.method.interval == 0 else []
+        doomed = list(live) if keep == 0 else self._lowest(live, keep) if keep < 1 and due else []
         for name in doomed:
             self._freeze(name, live[name], run)
         run.record("aflora.trained", sum(p.numel() for p in run.tuned.parameters()))
@@ -123,9 +121,7 @@ class Freezing(Rule):
         scores = {name: self.sensitivity.importance(name, w) for name, w in live.items() if name in seen}
         pool = torch.cat([score.flatten().cpu() for score in scores.values()])
         below = int(len(pool) * (1 - keep))
-        if not below:
-            return []
-        threshold = pool.kthvalue(below).values
+        threshold = pool.kthvalue(below).values if below else -math.inf
         return [name for name, score in scores.items() if score.mean().cpu() < threshold]
 
     def _freeze(self, name: str, matrix: nn.Parameter, run: Run) -> None:

@@ -11,7 +11,7 @@ Use it to pre-train, or to fine-tune at length, with a low-rank optimizer state;
 """
 
 import math
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +21,8 @@ from ...core.experts import setting
 from ...core.init import uniform
 from ...core.method import WeightMethod
 from ...core.operators.shifted import Shifted
-from ...core.part import Part
 from ...core.registry import method
 from ...core.rule import Rule, Run
-from ...core.tuned import Tuned
 from ...model.weights import Weight
 
 
@@ -94,7 +92,7 @@ class Switching(Rule):
     def attached(self, run: Run) -> None:
         self.generator.manual_seed(run.seed * 1_000_003 + self.method.seed)
         self.sides = {}
-        for name, factors in pairs(run.tuned):
+        for name, factors in ((name, vectors(part)) for name, part in run.tuned.of_kind(Shifted)):
             fan_in, fan_out = factors["a"].shape[-1], factors["b"].shape[-1]
             rank, size = factors["a"].shape[-2], min(fan_in, fan_out)
             for (key, factor), bound in zip(factors.items(), bounds(fan_in, fan_out, rank), strict=False):
@@ -113,10 +111,10 @@ class Switching(Rule):
     @torch.no_grad()
     def gradients(self, run: Run) -> None:
         groups, switched = run.settings(), 0
-        for name, factors in pairs(run.tuned):
-            part = dict(run.tuned.named_parts())[name]
-            for key, partner in (("a", "b"), ("b", "a")):
-                switched += self._switch(name, key, partner, factors, part, run)
+        for name, part in run.tuned.of_kind(Shifted):
+            factors = vectors(part)
+            for key, partner in ("ab", "ba"):
+                switched += self._switch(f"{name}.{key}", f"{name}.{partner}", factors, part, run)
             for key, factor in factors.items():
                 parameter = part.get_parameter(key)
                 if parameter.grad is not None:
@@ -125,8 +123,9 @@ class Switching(Rule):
                     parameter.grad = None  # the optimizer passes over what has no gradient
         run.record("switchlora.switched", switched)
 
-    def _switch(self, name: str, key: str, partner: str, factors: dict[str, Tensor], part: Part, run: Run) -> int:
-        side, other = self.sides[f"{name}.{key}"], self.sides[f"{name}.{partner}"]
+    def _switch(self, name: str, partner: str, factors: dict[str, Tensor], part: Any, run: Run) -> int:
+        """Exchange vectors of one factor while the other's stand still; how many."""
+        side, other, key = self.sides[name], self.sides[partner], name[-1]
         rank, size = len(side["slots"]), side["pool"].shape[-2]
         expected = self.rate(rank, run)
         wanted = int(expected) + int(float(torch.rand((), generator=self.generator)) < expected - int(expected))
@@ -141,10 +140,9 @@ class Switching(Rule):
             side["pool"][..., side["slots"][k], :] = old.to(side["pool"])
             vector.copy_(side["pool"][..., candidate, :])
             side["slots"][k], candidate = candidate, (candidate + 1) % size
-            left, right = (
-                (factors["b"][..., k, :], old - vector) if key == "a" else (old - vector, factors["a"][..., k, :])
-            )
-            part.get_parameter("shift").add_(left.unsqueeze(-1) * right.unsqueeze(-2), alpha=setting(part, "scale"))
+            held, change = factors[partner[-1]][..., k, :], old - vector
+            left, right = (held, change) if key == "a" else (change, held)
+            part.shift.add_(left.unsqueeze(-1) * right.unsqueeze(-2), alpha=setting(part, "scale"))
             row_adam.rest(other, k, self.method.still)
         side["next"] = [candidate, (first + len(rows)) % rank]
         return len(rows)
@@ -153,7 +151,6 @@ class Switching(Rule):
         self.sides = {}
 
 
-def pairs(tuned: Tuned) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Name and factors of every part, vectors as rows; fused experts hold theirs stacked along a leading axis."""
-    for name, (a, b) in tuned.tensors_of(Shifted, "a", "b"):
-        yield name, {"a": a.data, "b": b.data.mT}
+def vectors(part: Any) -> dict[str, Tensor]:
+    """A part's factors, vectors as rows; fused experts hold theirs stacked along a leading axis."""
+    return {"a": part.a.data, "b": part.b.data.mT}
