@@ -33,6 +33,19 @@ def longest(*splits: Dataset | None) -> int:
     return max(one.as_py() for one in found)
 
 
+def costs(split: Dataset) -> list[int] | None:
+    """Tokens that a batch of each row alone has, padding and targets among them; None for rows without tokens."""
+    columns = [name for name in ("input_ids", "labels", "lengths") if name in split.column_names]
+    if "input_ids" not in columns:
+        return None
+    rows = split.select_columns(columns).with_format("arrow")[:]
+    if "lengths" in columns:
+        return [max(sizes) * len(sizes) for sizes in rows["lengths"].to_pylist()]
+    kernels: Any = pc
+    lists = [rows[name] for name in columns if hasattr(rows[name].type, "value_type")]
+    return [sum(sizes) for sizes in zip(*(kernels.list_value_length(one).to_pylist() for one in lists), strict=True)]
+
+
 class StepwiseCollator:
     """Pads a batch to the next of few lengths, but not above `bound`.
 

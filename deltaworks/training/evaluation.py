@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..data import Labels, Prepared
+from ..data.lengths import costs
 from .choices import choose
 from .head import causal_loss
 
@@ -24,6 +25,23 @@ def batches(data: Dataset, collator: Any, size: int, device: torch.device | str)
     for start in range(0, len(data), size):
         batch = collator([data[index] for index in range(start, min(start + size, len(data)))])
         yield {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def by_length(data: Dataset, collator: Any, size: int, device: torch.device | str) -> Iterator[dict[str, Any]]:
+    """Batches of rows of like length, the longest first; of short rows more, until they cost what the longest do.
+
+    So a batch needs no more than `size` of the longest rows, which training must be able to take anyway.
+    """
+    found = costs(data)
+    if found is None:
+        yield from batches(data, collator, size, device)
+        return
+    order = sorted(range(len(data)), key=lambda index: -found[index])
+    start, most = 0, size * found[order[0]]
+    while start < len(order):
+        rows = order[start : start + most // found[order[start]]]
+        yield from batches(data.select(rows), collator, len(rows), device)
+        start += len(rows)
 
 
 @torch.no_grad()
@@ -48,7 +66,7 @@ def held_out(
     truths: list[Tensor] = []
     try:
         with _unseen(device):
-            for batch in batches(data, prepared.collator, batch_size, device):
+            for batch in by_length(data, prepared.collator, batch_size, device):
                 loss, logits = _outcome(model, prepared.task, batch)
                 labels = batch["labels"]
                 targets = int((labels != IGNORED).sum()) if prepared.labels is None else _examples(labels, prepared)
@@ -74,7 +92,7 @@ def _chosen(
     total, tokens, hits = 0.0, 0, 0
     try:
         with _unseen(device):
-            for batch in batches(data, prepared.collator, batch_size, device):
+            for batch in by_length(data, prepared.collator, batch_size, device):
                 found = choose(model, batch)
                 count = int(found.right[found.sequence].sum())
                 total, tokens = total + float(found.likelihood()) * count, tokens + count

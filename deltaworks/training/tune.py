@@ -22,7 +22,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.utils import logging
 
 from .. import adapters
-from ..core.attach import attach
+from ..core.attach import attach, disable
+from ..core.part import Trained
 from ..core.tuned import Tuned
 from ..data import Data, Prepared, check_packing, epoch_order, load, prepare
 from ..data.lengths import StepwiseCollator, longest
@@ -198,7 +199,13 @@ def tune(
             "samples": samples(model, prepared, processor, recipe.samples, recipe.sample_length, device),
         }
 
-    before = _once(output / "checkpoints" / "before.json", look, main=main)
+    def look_at_base() -> dict[str, Any]:
+        # What trains in place begins as the base, which need not be put back for this.
+        inside = all(isinstance(part, Trained) for part in tuned.parts())
+        with contextlib.nullcontext() if inside else disable(model):
+            return look()
+
+    before = _once(output / "checkpoints" / "before.json", look_at_base, main=main)
     tell("before", figures=before["figures"])
 
     trainer = _Trainer(

@@ -9,11 +9,36 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from datasets import Dataset
 
 from deltaworks.data import Labels
+from deltaworks.data.collate import ChoiceCollator
+from deltaworks.data.packing import padding_collator
 from deltaworks.training import report
-from deltaworks.training.evaluation import merit
+from deltaworks.training.evaluation import batches, by_length, merit
 from deltaworks.training.memory import PeakMemory
+
+
+def test_rows_of_like_length_are_evaluated_together_and_none_twice() -> None:
+    lengths = [3, 40, 5, 4, 20, 3, 4, 5, 21, 3]
+    rows = [{"input_ids": [index] * n, "labels": [-100] + [index] * (n - 1)} for index, n in enumerate(lengths)]
+    data = Dataset.from_list([{"input_ids": [99] * 90, "labels": [99] * 90}, *rows]).select(range(1, 11))
+    plain, near = (
+        [batch["input_ids"] for batch in made(data, padding_collator(0), 2, "cpu")] for made in (batches, by_length)
+    )
+    assert sorted(int(row[0]) for batch in near for row in batch) == list(range(10))
+    assert len(near) < len(plain) == 5 and sum(map(torch.numel, near)) < sum(map(torch.numel, plain))
+    assert max(map(torch.numel, near)) <= 2 * 40, "no more than training must take"
+    assert [batch.shape[1] for batch in near] == [40, 20, 4]
+
+
+def test_a_question_costs_all_its_choices() -> None:
+    rows = [{"input_ids": [1] * 12, "labels": [1] * 12, "lengths": [6, 6], "answer": 0}] * 2
+    rows += [{"input_ids": [1] * 15, "labels": [1] * 15, "lengths": [1, 1, 1, 12], "answer": 0}]
+    shapes = [
+        tuple(batch["input_ids"].shape) for batch in by_length(Dataset.from_list(rows), ChoiceCollator(0), 1, "cpu")
+    ]
+    assert shapes == [(4, 12), (4, 6)]
 
 
 def test_classes_are_scored_as_scikit_learn_does() -> None:

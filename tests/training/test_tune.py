@@ -114,6 +114,16 @@ def test_the_written_recipe_gives_the_same_run_again(tmp_path: Path, base: Folde
     assert again.metrics["losses"] == first.metrics["losses"] and first.metrics["steps"] == 11
 
 
+def test_what_was_before_is_the_base_where_a_method_does_not_begin_there(
+    tmp_path: Path, base: Folder, data: Folder
+) -> None:
+    changed = run(base("llama"), data("completions"), tmp_path / "a", method="fourierft", steps=1)
+    plain = run(base("llama"), data("completions"), tmp_path / "b", method="lora", steps=1)
+    assert changed.before == plain.before
+    assert changed.metrics["samples"]["before"] == plain.metrics["samples"]["before"]
+    assert changed.metrics["losses"][0][1] != plain.metrics["losses"][0][1], "it begins elsewhere"
+
+
 def test_the_base_is_left_as_it_was(tmp_path: Path, base: Folder, data: Folder) -> None:
     result = run(base("bert"), data("classes"), tmp_path / "out")
     assert result.tuned is not None
