@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from ..model.weights import Weight
 
 
+LARGEST = 1 << 16
+"""Experts that a file may say there are; nothing else bounds the number where a stack has no tensors of its own."""
+
+
 class PerExpert(Delta):
     """One delta an expert, stacked along a leading axis.
 
@@ -57,11 +61,12 @@ class PerExpert(Delta):
         known = PARTS.get(kind) if isinstance(kind, str) else None
         if known is None or not issubclass(known, Delta) or known is PerExpert or not isinstance(inner, dict):
             raise ValueError(f"a stack of {kind!r} is not known")
-        if any(value.dim() == 0 or value.shape[0] != count for value in tensors.values()) or not tensors:
+        if not isinstance(count, int) or not 0 < count <= LARGEST:
+            raise ValueError(f"a stack of {count!r} experts is none of 1 to {LARGEST}")
+        if any(value.dim() == 0 or value.shape[0] != count for value in tensors.values()):
             raise ValueError(f"the stacked tensors do not all have {count} experts")
         made = [
-            known.remade(inner, {n.replace("__", "."): v[i] for n, v in tensors.items()}, shared)
-            for i in range(len(next(iter(tensors.values()))))
+            known.remade(inner, {n.replace("__", "."): v[i] for n, v in tensors.items()}, shared) for i in range(count)
         ]
         return cls([delta for delta in made if isinstance(delta, Delta)])
 
@@ -100,9 +105,11 @@ class PerExpert(Delta):
         return lent
 
     def dense(self) -> Tensor:
-        call, lent = _Dense(self.prototype), self._lent()
-        change = torch.vmap(lambda own: functional_call(call, {**own, **lent}, ()))(self._own())
-        return heard(self.watch, change)
+        call, own, lent = _Dense(self.prototype), self._own(), self._lent()
+        if not own:  # all of it is borrowed, so the experts have one change in common
+            change = functional_call(call, lent, ())
+            return heard(self.watch, change.expand(self.count, *change.shape))
+        return heard(self.watch, torch.vmap(lambda own: functional_call(call, {**own, **lent}, ()))(own))
 
     def fold(self, weight: Tensor) -> Tensor:
         if self.prototype.additive:

@@ -10,6 +10,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 import deltaworks as dw
+from deltaworks.core.experts import PerExpert
 from deltaworks.core.operators.gated import Gated
 from deltaworks.core.operators.lent_factors import LentLowRank
 from deltaworks.core.operators.low_rank import LowRank
@@ -173,6 +174,19 @@ def test_the_selected_form_is_saved_with_its_shared_pairs_once(tmp_path: Path) -
     loaded = dw.load(fresh, tmp_path / "adapter")
     assert torch.equal(fresh(**batch).logits, expected)
     assert sum(t.numel() for t in loaded.tensors().values()) == sum(p.numel() for p in tuned.parameters())
+
+
+def test_experts_that_are_not_chosen_have_one_change_in_common_and_can_be_saved(tmp_path: Path) -> None:
+    method = dw.DiffoRA(rank=2, search=3, warmup=1, keep=0.4, on=["attention", "mlp"])
+    tuned = trained(method, tmp_path, "mixtral", steps=8)[2]
+    stacks = [part for _, part in tuned.of_kind(LentLowRank) if isinstance(part, PerExpert)]
+    assert stacks and not any(part.tensors() for part in stacks), "all that they have is lent"
+    change = stacks[0].dense()
+    assert change.any() and all(torch.equal(one, change[0]) for one in change)
+    model, batch = FAMILIES["mixtral"]()
+    dw.save(tuned.model, tmp_path / "adapter")
+    dw.load(model, tmp_path / "adapter")
+    assert torch.equal(model(**batch).logits, tuned.model(**batch).logits)
 
 
 def test_a_search_as_long_as_the_run_is_refused() -> None:
