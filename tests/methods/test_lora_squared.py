@@ -60,6 +60,15 @@ def test_the_penalty_has_both_terms() -> None:
     assert torch.allclose(rule.penalty(tuned.run(STEPS).run), 0.5 * (own + across))
 
 
+def test_what_else_trains_has_no_part_in_the_penalty() -> None:
+    penalties = []
+    for also in (None, "second"):
+        model, _ = net(12, 8, 8)
+        tuned = dw.attach(model, dw.LoRASquared(on="first", **SETTINGS), also=also, seed=0)
+        penalties.append(tuned.rules[0].penalty(tuned.run(STEPS).run))
+    assert torch.equal(*penalties)
+
+
 def test_identities_inside_make_it_a_lora() -> None:
     _, _, tuned, _ = start(width=3)
     d = part(tuned)

@@ -53,9 +53,8 @@ class PlaneBudget(Budget):
         if not self.method.gamma:
             return None
         norms, across = [], []
-        for part in run.tuned.parts():
-            names = ("left_out", "left", "right", "right_in")
-            left_out, left, right, right_in = (part.get_parameter(name) for name in names)
+        names = ("left_out", "left", "right", "right_in")
+        for _, (left_out, left, right, right_in) in run.tuned.tensors_of(TwoPlanes, *names):
             for factor in (left_out, left, right, right_in):
                 thin = factor if factor.shape[-2] <= factor.shape[-1] else factor.mT
                 identity = torch.eye(thin.shape[-2], dtype=thin.dtype, device=thin.device)
