@@ -16,8 +16,9 @@ import deltaworks as dw
 from deltaworks.core.registry import make
 from deltaworks.model.loading import TASKS, load_meta
 from deltaworks.nursery import base_path
+from deltaworks.study.machine import Machine, gauge
 from deltaworks.study.memory import free, parse, shown
-from deltaworks.study.plan import USUAL, Machine, gauge, likely_task, plan, warning
+from deltaworks.study.plan import USUAL, likely_task, plan, warning
 from deltaworks.training.head import head_of, next_token_loss
 from deltaworks.training.recipe import Recipe
 
