@@ -9,7 +9,7 @@ in `transformers.Trainer` and in TRL's trainers; `Run` is what it sees of either
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -152,6 +152,12 @@ def _copied(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _copied(one) for key, one in value.items()}
     return type(value)(_copied(one) for one in value) if type(value) in (list, tuple) else value
+
+
+def pooled(values: Iterable[Tensor]) -> Tensor:
+    """The entries of some tensors, which may lie on several devices, as one vector: for terms of the loss."""
+    every = [value.reshape(-1) for value in values]
+    return torch.cat([value.to(every[0].device) for value in every])
 
 
 class Rules:

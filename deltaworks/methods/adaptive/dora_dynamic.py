@@ -18,7 +18,7 @@ from ...core.method import WeightMethod
 from ...core.operators.triplet import Triplet
 from ...core.ranks import triplets
 from ...core.registry import method
-from ...core.rule import Rule, Run
+from ...core.rule import Rule, Run, pooled
 from ...core.tuned import Tuned
 from ...model.weights import Weight
 
@@ -107,10 +107,8 @@ class Window(Rule):
     def penalty(self, run: Run) -> Tensor | None:
         if not self.method.beta or run.step >= self.window(run)[1]:
             return None
-        spreads = [
-            spread.reshape(-1) for _, p, _, q in triplets(run.tuned) for spread in (p.var(dim=-2), q.var(dim=-1))
-        ]
-        return self.method.beta * torch.cat([spread.to(spreads[0].device) for spread in spreads]).mean()
+        spreads = (spread for _, p, _, q in triplets(run.tuned) for spread in (p.var(dim=-2), q.var(dim=-1)))
+        return self.method.beta * pooled(spreads).mean()
 
     def finished(self, run: Run) -> None:
         if self.masked:

@@ -16,7 +16,7 @@ from ...core import fields
 from ...core.init import normal, zeros
 from ...core.operators.two_planes import TwoPlanes
 from ...core.registry import method
-from ...core.rule import Rule, Run
+from ...core.rule import Rule, Run, pooled
 from ...model.weights import Weight
 from .adalora import AdaLoRA, Budget
 
@@ -58,9 +58,8 @@ class PlaneBudget(Budget):
             for factor in (left_out, left, right, right_in):
                 thin = factor if factor.shape[-2] <= factor.shape[-1] else factor.mT
                 identity = torch.eye(thin.shape[-2], dtype=thin.dtype, device=thin.device)
-                norms.append(torch.linalg.matrix_norm(thin @ thin.mT - identity).reshape(-1))
+                norms.append(torch.linalg.matrix_norm(thin @ thin.mT - identity))
             if left_out.shape[-2] == right_in.shape[-1]:
                 between = (right @ (right_in @ left_out)) @ left
-                across.append(torch.linalg.matrix_norm(between).reshape(-1))
-        terms = [torch.cat([norm.to(kind[0].device) for norm in kind]).mean() for kind in (norms, across) if kind]
-        return self.method.gamma * torch.stack([term.to(terms[0].device) for term in terms]).sum()
+                across.append(torch.linalg.matrix_norm(between))
+        return self.method.gamma * pooled(pooled(kind).mean() for kind in (norms, across) if kind).sum()

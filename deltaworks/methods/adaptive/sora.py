@@ -19,7 +19,7 @@ from ...core.method import WeightMethod
 from ...core.operators.triplet import Triplet
 from ...core.ranks import triplets
 from ...core.registry import method
-from ...core.rule import Rule, Run
+from ...core.rule import Rule, Run, pooled
 from ...core.tuned import Tuned
 from ...model.weights import Weight
 
@@ -76,10 +76,7 @@ class Threshold(Rule):
             ranks.record(run)
 
     def penalty(self, run: Run) -> Tensor | None:
-        if not self.method.l1:
-            return None
-        every = [gate.abs().flatten() for gate in gates(run.tuned)]
-        return self.method.l1 * torch.cat([values.to(every[0].device) for values in every]).mean()
+        return self.method.l1 * pooled(gate.abs() for gate in gates(run.tuned)).mean() if self.method.l1 else None
 
     def finished(self, run: Run) -> None:
         ranks.drop(run.tuned, run.optimizer)

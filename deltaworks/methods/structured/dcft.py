@@ -8,16 +8,14 @@ Use it when even a rank-one LoRA has too many parameters: it needs a d-th of the
 
 import math
 
-import torch
 from torch import Tensor
 
 from ...core import fields
-from ...core.experts import PerExpert
 from ...core.init import normal, zeros
 from ...core.method import WeightMethod
 from ...core.operators.deconvolved import Deconvolved
 from ...core.registry import method
-from ...core.rule import Rule, Run
+from ...core.rule import Rule, Run, pooled
 from ...model.weights import Weight
 
 
@@ -57,10 +55,5 @@ class UnitLength(Rule):
         self.gamma = gamma
 
     def penalty(self, run: Run) -> Tensor | None:
-        found = [
-            (part.get_parameter(name).square().flatten(-2).sum(-1) - 1).abs().reshape(-1)
-            for part in run.tuned.parts()
-            if isinstance(part, Deconvolved) or (isinstance(part, PerExpert) and part.kind == Deconvolved.__name__)
-            for name in "ab"
-        ]
-        return self.gamma * torch.cat([distance.to(found[0].device) for distance in found]).mean()
+        every = (value for _, pair in run.tuned.tensors_of(Deconvolved, "a", "b") for value in pair)
+        return self.gamma * pooled((value.square().flatten(-2).sum(-1) - 1).abs() for value in every).mean()

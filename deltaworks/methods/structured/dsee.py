@@ -28,7 +28,7 @@ from ...core.operators.pruned_weight import Coefficients, Pruned, PrunedLowRankS
 from ...core.part import Shared
 from ...core.places import pieces
 from ...core.registry import method
-from ...core.rule import Rule, Run
+from ...core.rule import Rule, Run, pooled
 from ...core.shrinking import head_masks, heads, neuron_masks, neurons
 from ...core.tuned import Tuned
 from ...model.anatomy import Anatomy, Site, describe
@@ -165,9 +165,8 @@ class Pruning(Rule):
 
     def penalty(self, run: Run) -> Tensor | None:
         every = [part.c.abs().sum() for _, part in run.tuned.of_kind(Coefficients)]
-        if not every or not self.method.l1 or run.step >= self.time(run):
-            return None
-        return self.method.l1 * torch.stack([one.to(every[0].device) for one in every]).sum()
+        counts = every and self.method.l1 and run.step < self.time(run)
+        return self.method.l1 * pooled(every).sum() if counts else None
 
 
 def weakest(scores: Tensor, share: float) -> list[int]:
