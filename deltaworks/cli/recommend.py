@@ -9,6 +9,9 @@ from typing import Annotated
 
 import typer
 
+LEFT_OUT = 8
+"""Methods that break a limit and are named, those first that gain most."""
+
 
 def command(
     study: Annotated[
@@ -71,6 +74,8 @@ def command(
     if not good:
         console.print("No method keeps within these limits.")
     if bad:
-        console.print(f"\nleft out: {'; '.join(f'{one.name} ({one.why_not})' for one in bad)}", markup=False)
+        shown = "; ".join(f"{one.name} ({one.why_not})" for one in bad[:LEFT_OUT])
+        more = f"; and {len(bad) - LEFT_OUT} that gain less, see --json" if len(bad) > LEFT_OUT else ""
+        console.print(f"\nleft out: {shown}{more}", markup=False)
     if study is None:
         console.print("\nYour data may say otherwise: deltaworks compare --base ... --data ...", markup=False)

@@ -19,7 +19,7 @@ BUILT_IN = "nursery.json"
 KEPT = (
     "name", "slug", "family", "kind", "mean", "low", "high", "runs", "wins", "trainable", "stored_bytes",
     "peak_memory_bytes", "step_seconds", "step_flops", "share", "lr", "settings", "mergeable", "needs_data",
-    "forgetting",
+    "forgetting", "error",
 )  # fmt: skip
 """What the built-in table holds of a method."""
 
@@ -52,7 +52,8 @@ class Candidate:
     Attributes:
         gain: its share of the best gain over the base, averaged over the pieces of work; 1 is the best throughout.
         worst: the least of these shares.
-        costs: `trainable`, `stored_bytes`, `peak_memory_bytes`, `step_seconds`, averaged, or as planned on a base.
+        costs: `trainable`, `stored_bytes`, `peak_memory_bytes`, `step_seconds`, `step_flops`, averaged, or as planned
+            on a base.
         relative: the same over those of full fine-tuning, where it was in the study.
         where: its figure on each piece of work, in words.
     """
@@ -73,7 +74,7 @@ class Candidate:
     reason: str = field(default="")
 
 
-COSTS = ("trainable", "stored_bytes", "peak_memory_bytes", "step_seconds")
+COSTS = ("trainable", "stored_bytes", "peak_memory_bytes", "step_seconds", "step_flops")
 
 
 def table(study: str | Path | None = None) -> list[Summary]:
@@ -91,7 +92,7 @@ def kept(summary: Summary) -> Summary:
     """What the built-in table holds of a study."""
     cells = [
         {name: cell[name] for name in ("name", "place", "metric", "lower", "works")}
-        | {"methods": [{name: one[name] for name in KEPT} for one in cell["methods"] if one["mean"] is not None]}
+        | {"methods": [{name: one[name] for name in KEPT} for one in cell["methods"]]}
         for cell in summary["cells"]
     ]
     return {"title": summary["title"], "seeds": summary["seeds"], "cells": cells}
@@ -131,14 +132,13 @@ def _fitting(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def candidates(cells: Sequence[Summary]) -> list[Candidate]:
-    """Every method that trained on all of some pieces of work."""
+    """Every method that trained on some of the pieces of work; one that did not on all says why it is no choice."""
     names = list(dict.fromkeys(one["name"] for cell in cells for one in cell["methods"] if one["kind"] == "tune"))
     found = []
     for name in names:
-        ours = [
-            (cell, one) for cell in cells for one in cell["methods"] if one["name"] == name and one["mean"] is not None
-        ]
-        if len(ours) < len(cells):
+        both = [(cell, one) for cell in cells for one in cell["methods"] if one["name"] == name]
+        ours = [(cell, one) for cell, one in both if one["mean"] is not None]
+        if not ours:
             continue
         shares = [_share(cell, one) for cell, one in ours]
         full = [(one, other) for cell, one in ours for other in cell["methods"] if is_full(other)]
@@ -148,14 +148,16 @@ def candidates(cells: Sequence[Summary]) -> list[Candidate]:
                 name=name,
                 slug=first["slug"],
                 settings=json.loads(first["settings"]),
-                gain=sum(shares) / len(shares),
-                worst=min(shares),
+                gain=sum(shares) / len(cells),
+                worst=min(shares) if len(ours) == len(cells) else 0.0,
                 costs={cost: _mean([one[cost] for _, one in ours]) for cost in COSTS},
                 relative={cost: _mean([_over(one[cost], other[cost]) for one, other in full]) for cost in COSTS},
                 where=[f"{cell['metric']} {one['mean']:.4g}" + _at(cell) for cell, one in ours],
                 mergeable=first["mergeable"],
                 needs_data=first["needs_data"],
                 lr=first["lr"],
+                why_not="; ".join(f"no result{_at(cell)}: {one['error']}" for cell, one in both if one["mean"] is None)
+                or None,
             )
         )
     return found
@@ -272,5 +274,5 @@ def _memory(one: Candidate) -> str:
 
 
 def _speed(one: Candidate) -> str:
-    over = one.relative.get("step_seconds")
-    return f"steps {over:.2f} times as long as full’s" if over and one.slug != FULL else ""
+    over = one.relative.get("step_flops")
+    return f"{over:.2f} times full’s operations a step" if over and one.slug != FULL else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import re
@@ -294,6 +295,15 @@ def test_the_table_that_ships_is_what_a_study_gives(found: Comparison) -> None:
     assert good and all((one.costs["trainable"] or 0) <= 1e5 for one in good)
     for cell in cells:
         assert {"base", "full", "lora"} <= {one["slug"] for one in cell["methods"]}
+
+
+def test_a_method_that_failed_on_some_work_says_so() -> None:
+    cells = copy.deepcopy(table())
+    one = next(one for one in cells[1]["methods"] if one["name"] == "lora")
+    one |= {"mean": None, "error": "no attention here"}
+    left_out = {one.name: one.why_not for one in recommend(cells, Limits())[1]}
+    assert left_out["lora"] == "no result on digits: no attention here"
+    assert "lora" in {one.name for one in recommend(cells, Limits(), task="causal-lm")[0]}
 
 
 # The study's file
