@@ -38,6 +38,14 @@ class MaskingCollator:
         )
         self.padding = DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=pad_to_multiple_of)
 
+    @property
+    def pad_to_multiple_of(self) -> int | None:
+        return self.masking.pad_to_multiple_of
+
+    @pad_to_multiple_of.setter
+    def pad_to_multiple_of(self, multiple: int | None) -> None:
+        self.masking.pad_to_multiple_of = self.padding.pad_to_multiple_of = multiple
+
     def set_epoch(self, epoch: int) -> None:
         self.epoch.fill_(epoch)
 

@@ -2,8 +2,9 @@
 
 import torch
 from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
 
-from deltaworks.data.collate import ChoiceCollator, num_supervised_tokens
+from deltaworks.data.collate import ChoiceCollator, MaskingCollator, num_supervised_tokens
 from deltaworks.data.lengths import StepwiseCollator, longest, stepped
 from deltaworks.data.packing import PackedCollator, pack, padding_collator
 
@@ -47,3 +48,14 @@ def test_choices_are_as_long_as_the_longest_of_them_not_as_all_together() -> Non
     batch = StepwiseCollator(ChoiceCollator(0), 60)(list(asked))
     assert batch["input_ids"].shape == (4, 60)
     assert batch["attention_mask"].sum(1).tolist() == [20, 45, 20, 45]
+
+
+def test_masked_texts_and_those_masked_once_are_padded_alike(encoder_tokenizer: PreTrainedTokenizerFast) -> None:
+    collator = MaskingCollator(encoder_tokenizer, 0.5, seed=0)
+    stepwise = StepwiseCollator(collator, 512)
+    texts = [{"input_ids": row["input_ids"]} for row in rows(20, 33)]
+    once = [collator.masked_once(text) for text in texts]
+    batches = [stepwise(texts), stepwise(once), stepwise(texts)]
+    assert [batch["input_ids"].shape for batch in batches] == [(2, 64)] * 3
+    assert torch.equal(batches[0]["labels"], batches[2]["labels"]), "the same masks whatever came between"
+    assert not (batches[0]["labels"][0, 20:] != -100).any()
