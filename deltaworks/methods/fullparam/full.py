@@ -1,7 +1,7 @@
 """Full fine-tuning: every parameter of the base trains.
 
 W' = W + dW, dW unrestricted. The measure for all other methods, in quality and in cost: optimizer state, gradients and
-artifact are as large as the model times a constant.
+artifact are as large as the model times a constant. Running statistics of norms are no parameters and stay the base's.
 Use it when memory allows and the task is far from what the base learned.
 """
 
