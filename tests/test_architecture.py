@@ -60,7 +60,7 @@ def test_a_page_begins_with_its_paper_and_stays_a_page(path: Path) -> None:
     text = path.read_text()
     first = (ast.get_docstring(ast.parse(text)) or "").splitlines()
     assert path.stem == "full" or "arXiv:" in "\n".join(first), "the paper is not named"
-    assert len(text.splitlines()) <= 200, "a page that grows lacks something in the core"
+    assert len(text.splitlines()) <= 180, "a page that grows lacks something in the core"
 
 
 def test_every_folder_is_in_the_picture() -> None:

@@ -113,11 +113,11 @@ class Selection(Rule):
 
     @torch.no_grad()
     def step_end(self, run: Run) -> None:
-        if self.chosen is not None:
+        over = run.step == self.end(run)
+        if self.chosen is not None or not (over or run.sampled):
             return
-        thetas, over = {name: part.theta for name, part in run.tuned.of_kind(Gated)}, run.step == self.end(run)
-        if run.sampled or over:
-            run.record("gates", {name: float(torch.sigmoid(theta).mean()) for name, theta in thetas.items()})
+        thetas = {name: part.theta for name, part in run.tuned.of_kind(Gated)}
+        run.record("gates", {name: float(torch.sigmoid(theta).mean()) for name, theta in thetas.items()})
         if over:
             self.chosen = self.selected(run.tuned)
             self._discretise(run, self.chosen)
