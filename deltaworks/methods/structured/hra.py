@@ -6,8 +6,6 @@ so r is even. `penalty` adds lambda sum ||I - U^T U||_F^2, which drives the pair
 Use it to stay close to pre-training: every angle and length among the weight's rows is kept.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -16,11 +14,8 @@ from ...core.init import kaiming
 from ...core.method import WeightMethod
 from ...core.operators.rotation import Householder
 from ...core.registry import method
-from ...core.rule import Rule, Run
+from ...core.rule import Rule, Run, pooled
 from ...model.weights import Weight
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 class Apart(Rule):
@@ -30,12 +25,9 @@ class Apart(Rule):
         self.strength = strength
 
     def penalty(self, run: Run) -> Tensor | None:
-        found: Iterator[Householder] = (part for part in run.tuned.parts() if isinstance(part, Householder))
-        terms = []
-        for part in found:
-            u = part.units()
-            terms.append((torch.eye(u.shape[1], dtype=u.dtype, device=u.device) - u.T @ u).square().sum())
-        return self.strength * torch.stack(terms).sum() if terms else None
+        units = (part.units() for part in run.tuned.parts() if isinstance(part, Householder))
+        terms = [(torch.eye(u.shape[1], dtype=u.dtype, device=u.device) - u.T @ u).square().sum() for u in units]
+        return self.strength * pooled(terms).sum() if terms else None
 
 
 @method("hra", paper="2405.17484", family="structured")
