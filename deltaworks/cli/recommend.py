@@ -50,6 +50,7 @@ def command(
         step=None if max_step is None else amount(max_step, "seconds"),
         mergeable=mergeable,
         data_free=data_free,
+        gains=study is None,  # there rates are of short runs, and some were too high
     )
     if base is not None and limits.step is not None:
         raise ValueError("--max-step is of the study's machine and base; leave it or --base out")

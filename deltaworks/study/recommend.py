@@ -35,6 +35,7 @@ class Limits:
         step: seconds of a step.
         mergeable: only methods that can be folded into the base, or only those that cannot.
         data_free: only methods that need no data before they attach.
+        gains: only methods that nowhere ended worse than the base.
     """
 
     memory: float | None = None
@@ -43,6 +44,7 @@ class Limits:
     step: float | None = None
     mergeable: bool | None = None
     data_free: bool = False
+    gains: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +232,8 @@ def plan_on(base: str, cells: Sequence[Summary], **options: Any) -> dict[str, di
 
 def _against(one: Candidate, limits: Limits) -> str | None:
     """Which limit a candidate breaks, None when none."""
+    if limits.gains and one.worst < 0:
+        return f"worse than the base somewhere: {'; '.join(one.where)}"
     for limit, cost, what, unit in (
         (limits.memory, "peak_memory_bytes", "memory at the peak", "bytes"),
         (limits.params, "trainable", "trained values", ""),

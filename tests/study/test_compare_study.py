@@ -297,6 +297,15 @@ def test_the_table_that_ships_is_what_a_study_gives(found: Comparison) -> None:
         assert {"base", "full", "lora"} <= {one["slug"] for one in cell["methods"]}
 
 
+def test_the_table_that_ships_knows_the_registered_methods() -> None:
+    from deltaworks.core.registry import methods
+
+    for cell in table():
+        slugs = {one["slug"] for one in cell["methods"] if one["kind"] == "tune"}
+        assert slugs <= set(methods()) and len(slugs) > 70
+        assert all(one["error"] for one in cell["methods"] if one["mean"] is None)
+
+
 def test_a_method_that_failed_on_some_work_says_so() -> None:
     cells = copy.deepcopy(table())
     one = next(one for one in cells[1]["methods"] if one["name"] == "lora")
@@ -304,6 +313,14 @@ def test_a_method_that_failed_on_some_work_says_so() -> None:
     left_out = {one.name: one.why_not for one in recommend(cells, Limits())[1]}
     assert left_out["lora"] == "no result on digits: no attention here"
     assert "lora" in {one.name for one in recommend(cells, Limits(), task="causal-lm")[0]}
+
+
+def test_what_ends_worse_than_the_base_is_no_recommendation() -> None:
+    cells = copy.deepcopy(table())
+    base, lora = (next(one for one in cells[0]["methods"] if one["slug"] == slug) for slug in ("base", "lora"))
+    lora["mean"] = base["mean"] + 0.5
+    left_out = {one.name: one.why_not for one in recommend(cells, Limits(gains=True))[1]}
+    assert (left_out["lora"] or "").startswith("worse than the base somewhere: loss")
 
 
 # The study's file
