@@ -260,7 +260,7 @@ def _reason(one: Candidate, place: int) -> str:
     trained = f"{short(one.costs['trainable'])} trained values" if one.costs["trainable"] is not None else ""
     share = one.relative.get("trainable")
     if share is not None and one.slug != FULL:
-        trained += f" ({100 * share:.2g} % of full fine-tuning’s)"
+        trained += f" ({float(f'{100 * share:.2g}'):g} % of full fine-tuning’s)"
     parts = [part for part in (trained, _memory(one), _speed(one)) if part]
     ends = "it merges into the base" if one.mergeable else "it stays beside the base"
     if find(one.slug).needs_data:
