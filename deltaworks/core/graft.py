@@ -23,7 +23,7 @@ from ..model.kinds import has_statistics
 from ..model.weights import CONVOLUTIONS, Weight, consumes, dequantised, is_ordinary, is_quantised
 from .attention import Attending, attended
 from .operators.effective import effective_linear, folded
-from .operators.low_rank import Factored, add_branches, lifted
+from .operators.low_rank import Factored, add_branches, add_unwatched, lifted
 from .part import Delta, Module, Part, Trained, Wrapper
 from .sharing import Share, Sharing
 
@@ -248,13 +248,14 @@ class Graft(nn.Module):
         return _folded(layer, parameter, deltas) if deltas else stored
 
 
-def _low_rank(parts: list[Part], x: Tensor) -> bool:
+def _low_rank(parts: Sequence[Part], x: Tensor) -> bool:
     """Whether all that acts is one low-rank change of the whole weight, and nothing keeps it from being batched."""
     one = parts[0]
     return (
         len(parts) == 1
         and isinstance(one, Factored)
-        and (one.site.parameter, one.site.rows) == ("weight", None)
+        and one.site.rows is None
+        and one.site.parameter == "weight"
         and one.shareable(x)
     )
 
@@ -298,6 +299,16 @@ def _weighted(
     With a graft, the layer may share products with others that read the same input.
     """
     kind = consumes(layer)
+    if (
+        kind == "linear"
+        and len(args) == 1
+        and not kwargs
+        and not torch.is_grad_enabled()
+        and _low_rank(deltas, args[0])
+    ):
+        y = add_unwatched(deltas[0], args[0], call)  # type: ignore[arg-type]
+        if y is not None:
+            return y
     if (
         kind == "linear"
         and len(args) + len(kwargs) == 1

@@ -300,7 +300,7 @@ def _consists(told: Told) -> str:
     rows = ""
     for choice in told["choices"]:
         shown = "".join(
-            f'<td{"" if value == "no" else " class=made"}>{"·" if value == "no" else safe(value)}</td>'
+            f"<td{'' if value == 'no' else ' class=made'}>{'·' if value == 'no' else safe(value)}</td>"
             for value in choice["values"]
         )
         share = "-" if choice["tried"] is None else f"{100 * choice['tried']:.0f} %"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -162,3 +163,21 @@ def test_overrides_reach_the_optimizer_s_groups() -> None:
     rates = {name: group["lr"] for group in groups for name in group["names"]}
     assert {rate for name, rate in rates.items() if "q_proj" in name and name.endswith(".b")} == {4.0}
     assert {rate for name, rate in rates.items() if "v_proj" in name or name.endswith(".a")} == {1.0}
+
+
+@pytest.mark.parametrize("rank", [2, 8])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_reading_without_gradients_gives_what_training_reads(rank: int, tokens: int) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.Linear(16, 24)).bfloat16().requires_grad_(False)
+    tuned = dw.attach(layer, dw.LoRA(rank=rank, on="all"))
+    part = next(iter(tuned.parts()))
+    torch.nn.init.normal_(part.b)
+    x = torch.randn(1, tokens, 16).bfloat16()
+    exact = layer[0].weight.float() + part.dense()
+    with torch.no_grad():
+        read = layer(x)
+        wanted = x.float() @ exact.T + layer[0].bias.float()
+    assert read.shape == (1, tokens, 24)
+    assert (read - wanted).norm() < 1.5e-2 * wanted.norm()
+    assert (read - layer(x)).norm() < 1.5e-2 * wanted.norm()

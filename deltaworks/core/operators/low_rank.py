@@ -6,7 +6,7 @@ the base product and the branch, adds in place, and keeps `x` (only if A trains)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -131,6 +131,23 @@ def linear_with_branch(
     return _LowRankLinear.apply(x, weight, bias, a, b, scale, survive, shift)  # type: ignore[return-value]
 
 
+def add_unwatched(part: Factored, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """`call(x) + scale (x A^T) B^T` where nothing is differentiated; None where the effective weight is leaner.
+
+    The same as `with_base`, without what autograd would need: a token that is generated is little work, and much asking
+    around it would show.
+    """
+    a, b = part.factors()
+    fan_in, fan_out = x.shape[-1], len(b)
+    if 4 * len(a) >= min(fan_in, fan_out) and x.numel() * (fan_in + fan_out) >= 2 * fan_in * fan_in * fan_out:
+        return None
+    y, rows = call(x), x.reshape(-1, fan_in)
+    if len(rows) < len(a) and a.dtype != x.dtype:  # fewer activations to cast than factors
+        return y.add_(((rows.to(a.dtype) @ a.T) @ b.T).view(y.shape), alpha=part.scale)
+    z = rows @ a.to(x.dtype).T
+    return y.reshape(-1, fan_out).addmm_(z, b.to(y.dtype).T, alpha=part.scale).view(y.shape)
+
+
 def add_branches(parts: Sequence[Factored | None], x: Tensor, y: Tensor) -> Tensor:
     """`y` with every example's own `scale (x A^T) B^T` added, in two batched products; `y` may be overwritten.
 
@@ -186,9 +203,11 @@ def plain(delta: Delta, x: Tensor) -> bool:
 
 
 def _unwrapped(module: nn.Module) -> bool:
-    # `parameters()` would take longer than the products of a small layer.
-    own = all(parameter is None or is_ordinary(parameter) for parameter in module._parameters.values())
-    return own and all(child is None or _unwrapped(child) for child in module._modules.values())
+    # `parameters()` would take longer than the products of a small layer, and so would a generator.
+    for parameter in module._parameters.values():
+        if parameter is not None and not is_ordinary(parameter):
+            return False
+    return not module._modules or all(child is None or _unwrapped(child) for child in module._modules.values())
 
 
 class LowRank(Factored):
