@@ -6,9 +6,13 @@
 | `summaries` | function | first paragraph of its documentation string |
 | `tests` | function and the name of a test | body of that test, from Python's `test` package |
 | `programs` | description and tests (made, see `programs`) | body |
-| `defects` | function | whether a fault was seeded in it |
+| `defects` | function | whether its comparisons or its numbers were made wrong |
 | `clones` | two functions | whether the second is the first in other words |
 | `search` | documentation, function | whether it describes that function |
+
+The functions of `defects` and `clones` are short and what is wrong or different in them shows in more than one token:
+so a base of a million parameters reads a row whole (99 of 100 are below 130 tokens) and begins to learn in a hundred
+steps. A single fault, or a function against its neighbour in the file, it does not learn in that time, nor `search`.
 
 Held-out rows are of modules that no base has read (`corpus`), except in `programs`; of these are at most `HELD_OUT`
 (`LABELLED_OUT` where there is a label). No target occurs twice. Rows stand in the order of a hash, so the first hundred
@@ -39,6 +43,8 @@ Row = dict[str, Any]
 HELD_OUT, LABELLED_OUT, MOST = 240, 600, 6000
 BODY, HEAD, WHOLE = range(20, 401), range(30, 601), range(60, 501)  # letters
 UNWRITTEN = range(50, 701)  # letters before `ast` writes it, comments and all
+BRIEF = range(40, 181)  # letters as `ast` writes it
+LIMITS: tuple[rewriting.Fault, ...] = ("comparison", "off by one")
 SHORTEST_GROUP = 20
 PROGRAMS = (1200, 240)
 CERTAIN = 6  # letters of a single word with which a test's longer name may begin by chance no more
@@ -244,11 +250,13 @@ def _focal(by_name: dict[tuple[str, str], list[Function]], module: str, test: Fu
 
 
 def _defects() -> Iterator[Row]:
-    """Function -> whether it is as its authors wrote it; one half have one fault, which kind a hash decides."""
+    """Function -> whether it is as its authors wrote it; in one half every comparison and every number is wrong."""
     for one in functions():
         draw = _draw(one.source)
-        found = rewriting.faulty(one.source, draw // 2) if len(one.bare) in UNWRITTEN else None
-        if found is None or len(found[0]) not in WHOLE:
+        if len(one.bare) not in UNWRITTEN:
+            continue
+        found = rewriting.faulty(one.source, None, LIMITS)
+        if found is None or len(found[0]) not in BRIEF:
             continue
         right, wrong, fault = found
         label = draw % 2
@@ -256,13 +264,21 @@ def _defects() -> Iterator[Row]:
 
 
 def _clones() -> Iterator[Row]:
-    """Two functions -> whether the second is the first in other words, or its neighbour in its file."""
-    for one, other in _neighbours(range(80, 351)):
-        label = _draw(one.source) % 2
-        text, pair = rewriting.renamed(one.source), rewriting.reworded((one if label else other).source)
-        if text is None or pair is None or text == pair or (not label and pair == rewriting.reworded(one.source)):
-            continue  # neighbours may be the same but for their name
-        yield _row(one, text, text=text, text_pair=pair, label=label)
+    """Two functions -> whether the second is the first in other words, or another of the same length.
+
+    Both are of the same side of the corpus; that of another name that is nearest in length, by hash where many are.
+    """
+    for side in ("train", "validation"):
+        found = [one for one in functions() if corpus.split_of(one.module) == side and len(one.bare) in BRIEF]
+        found.sort(key=lambda one: (len(one.bare), _hash(one.source)))
+        for one, other in zip(found, found[1:] + found[:1], strict=True):
+            text, same = rewriting.renamed(one.source), rewriting.reworded(one.source)
+            different = rewriting.reworded(other.source)
+            # Some have no words to change, and two may be the same but for their name.
+            if text is None or same is None or different is None or same in (text, different):
+                continue
+            label = _draw(one.source) % 2
+            yield _row(one, text, text=text, text_pair=same if label else different, label=label)
 
 
 def _search() -> Iterator[Row]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, Literal, get_args
 
 from deltaworks.nursery.functions import parsed
 
 Fault = Literal["comparison", "operator", "off by one", "negation", "variable"]
+FAULTS: tuple[Fault, ...] = get_args(Fault)
 
 _COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -23,28 +24,36 @@ _MIRRORED: dict[type[ast.cmpop], type[ast.cmpop]] = {
 }  # fmt: skip
 
 
-def faulty(source: str, draw: int) -> tuple[str, str, Fault] | None:
-    """A function as `ast` writes it, the same with one fault, and which; None when there is nothing to get wrong in it.
+def faulty(source: str, draw: int | None, kinds: Collection[Fault] = FAULTS) -> tuple[str, str, str] | None:
+    """A function as `ast` writes it, the same with a fault, and which; None when there is nothing to get wrong in it.
 
     Comments, documentation string and the author's layout are gone from both.
 
     Args:
         source: of the function.
-        draw: a large number that decides which of the possible faults it is: the kind first, then the place.
+        draw: a large number that decides which of the possible faults it is: the kind first, then the place; None for
+            all of them at once, whose kinds are then named together.
+        kinds: of faults that are possible.
     """
     tree = parsed(source)
     if tree is None:
         return None
     ways: dict[Fault, list[Callable[[], None]]] = {}
     for kind, change in _faults(tree):
-        ways.setdefault(kind, []).append(change)
+        if kind in kinds:
+            ways.setdefault(kind, []).append(change)
     if not ways:
         return None
     before = _written(tree)
-    kind = sorted(ways)[draw % len(ways)]
-    ways[kind][draw // len(ways) % len(ways[kind])]()
+    if draw is None:
+        fault = " and ".join(sorted(ways))
+        for change in (one for some in ways.values() for one in some):
+            change()
+    else:
+        fault = sorted(ways)[draw % len(ways)]
+        ways[fault][draw // len(ways) % len(ways[fault])]()
     after = _written(tree)
-    return (before, after, kind) if after != before else None
+    return (before, after, fault) if after != before else None
 
 
 def _faults(tree: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[tuple[Fault, Callable[[], None]]]:

@@ -4,6 +4,7 @@ import ast
 import random
 import sysconfig
 from functools import cache
+from itertools import accumulate
 
 import pytest
 
@@ -118,6 +119,16 @@ def test_a_fault_changes_one_place_of_the_kind_it_says():
     assert any("a[a - 1]" in text for text in seen["variable"])
 
 
+def test_all_faults_at_once_are_named_together():
+    source = "def f(a, b):\n    if a < b and (not b):\n        a += 3\n    return a[b - 1]"
+    assert rewriting.faulty(source, None, ("off by one", "comparison")) == (
+        source,
+        "def f(a, b):\n    if a <= b and (not b):\n        a += 4\n    return a[b - 2]",
+        "comparison and off by one",
+    )
+    assert rewriting.faulty(source, None, ("negation",)) is None
+
+
 def test_nothing_to_get_wrong_is_no_fault():
     assert rewriting.faulty("def f(self):\n    return self.name", 7) is None
     assert rewriting.faulty("no function", 7) is None
@@ -153,6 +164,14 @@ def test_a_clone_pair_shares_what_cannot_be_renamed():
             for column in ("text", "text_pair")
         ]
         assert row["label"] == 0 or attributes[0] == attributes[1]
+
+
+def test_length_does_not_tell_a_clone():
+    rows = data("clones")["train"][:]
+    pairs = zip(rows["text"], rows["text_pair"], strict=True)
+    apart = sorted(zip((abs(len(text) - len(pair)) for text, pair in pairs), rows["label"], strict=True))
+    nearest_called_same = accumulate((1 if label else -1 for _, label in apart), initial=rows["label"].count(0))
+    assert max(nearest_called_same) / len(apart) < 0.6
 
 
 def test_a_test_is_of_the_function_that_it_is_named_after():
