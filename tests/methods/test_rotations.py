@@ -177,6 +177,24 @@ def test_oft_leash_holds_after_every_step() -> None:
             assert (skew <= 0.05 / math.sqrt(len(delta.k)) + 1e-12).all() and skew.max() > 0
 
 
+def test_the_rules_of_rotations_reach_the_experts_of_a_fused_layer() -> None:
+    model, batch = FAMILIES["mixtral"]()
+    tuned = dw.attach(model, dw.HRA(rank=2, penalty=0.5), name="hra")
+    chains = [u.shape[0] if u.dim() == 3 else 1 for u in tuned.parameters()]
+    assert max(chains) > 1
+    assert tuned.run(1).penalty().item() == pytest.approx(0.5 * 2 * sum(chains), rel=1e-5)
+    dw.detach(model)
+    tuned = dw.attach(model, dw.OFT(block=4, eps=0.01))
+    rules = tuned.run(2, optimizer=torch.optim.SGD(tuned.parameters(), lr=10.0))
+    for _ in range(2):
+        rules.step(lambda: model(**batch).loss)
+    turned = [k.detach() for k in tuned.parameters()]
+    assert any(k.dim() == 3 for k in turned)
+    for k in turned:
+        assert (k.norm(dim=-1) * math.sqrt(2) <= 0.01 / math.sqrt(k.shape[-2]) + 1e-7).all()
+    assert max(k.abs().max() for k in turned) > 0
+
+
 # BOFT.
 
 

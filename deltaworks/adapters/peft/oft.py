@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ...core.operators.rotation import BlockRotation
+from ...core.operators.rotation import BlockRotation, leash, strain
 from ...core.part import Part
 from ...methods.structured.oft import nearest_divisor
 from ..reading import Plan
@@ -41,7 +41,7 @@ def read(source: Source) -> Plan:
         k = source.shaped(f"{path}.oft_R.weight", 1 if share else width // b, b * (b - 1) // 2)
         part = BlockRotation(k if series else -k, b, width, held if series else None, dropout)
         if leashed:
-            part.leash(eps)
+            leash(part.k, eps)
         source.place(path, "weight", part)
     block, own = (side, {}) if side else patterns(sides)
     overrides = {re.escape(name): {"block": value} for name, value in own.items()}
@@ -77,7 +77,7 @@ def write(draft: Draft) -> dict[str, Any]:
         use_cayley_neumann=held is not None,
         num_cayley_neumann_terms=held or 5,
         # PEFT would change what is not on its leash.
-        coft=eps is not None and all(part.strain(eps).max() <= 1 + 1e-6 for part in parts),
+        coft=eps is not None and all(strain(part.k, eps).max() <= 1 + 1e-6 for part in parts),
         eps=eps or 6e-5,
         module_dropout=draft.one("dropout", (part.dropout for part in parts)),
         fan_in_fan_out=False,

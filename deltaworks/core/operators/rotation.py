@@ -185,16 +185,6 @@ class BlockRotation(Rotation):
         """The blocks, `blocks x b x b` (`1 x b x b` where shared)."""
         return self._rotations(self.k)
 
-    def strain(self, eps: float) -> Tensor:
-        """`||K||_F sqrt(blocks) / eps` of every block, `blocks x 1`; COFT wants at most 1."""
-        # Every entry above the diagonal stands a second time, negated, below it.
-        return math.sqrt(2 * len(self.k)) / eps * self.k.detach().norm(dim=1, keepdim=True)
-
-    @torch.no_grad()
-    def leash(self, eps: float) -> None:
-        """Project every block's skew-symmetric matrix back onto `||K||_F <= eps / sqrt(blocks)`."""
-        self.k.div_(self.strain(eps).clamp(min=1))
-
     def _rotations(self, k: Tensor) -> Tensor:
         rows, columns = torch.triu_indices(self.block, self.block, 1, device=k.device)
         upper = k.new_zeros(len(k), self.block**2).index_copy(1, rows * self.block + columns, k)
@@ -216,6 +206,23 @@ class BlockRotation(Rotation):
         blocks, spare = self.width // self.block, _spared(self, len(self.k))
         r = recomputed(lambda k: joined(_without(self._rotations(k), spare).to(x.dtype), blocks), self.k)
         return turned_linear(x, weight, bias, r)
+
+
+def strain(k: Tensor, eps: float) -> Tensor:
+    """`||K||_F sqrt(blocks) / eps` of every block, `... x blocks x 1`; COFT wants at most 1.
+
+    Args:
+        k: as `BlockRotation` holds it, for several experts with a leading axis.
+        eps: the bound.
+    """
+    # Every entry above the diagonal stands a second time, negated, below it.
+    return math.sqrt(2 * k.shape[-2]) / eps * k.detach().norm(dim=-1, keepdim=True)
+
+
+@torch.no_grad()
+def leash(k: Tensor, eps: float) -> None:
+    """Project every block's skew-symmetric matrix back onto `||K||_F <= eps / sqrt(blocks)`, in place."""
+    k.div_(strain(k, eps).clamp(min=1))
 
 
 def _spared(part: Any, blocks: int) -> Tensor | None:

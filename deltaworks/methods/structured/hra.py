@@ -25,8 +25,8 @@ class Apart(Rule):
         self.strength = strength
 
     def penalty(self, run: Run) -> Tensor | None:
-        units = (part.units() for part in run.tuned.parts() if isinstance(part, Householder))
-        terms = [(torch.eye(u.shape[1], dtype=u.dtype, device=u.device) - u.T @ u).square().sum() for u in units]
+        units = [u / u.norm(dim=-2, keepdim=True) for _, (u,) in run.tuned.tensors_of(Householder, "u")]
+        terms = [(torch.eye(u.shape[-1], dtype=u.dtype, device=u.device) - u.mT @ u).square().sum() for u in units]
         return self.strength * pooled(terms).sum() if terms else None
 
 

@@ -10,7 +10,7 @@ Use it where low-rank updates forget too much, with quantised bases as well: the
 from ...core import fields
 from ...core.init import zeros
 from ...core.method import WeightMethod
-from ...core.operators.rotation import BlockRotation
+from ...core.operators.rotation import BlockRotation, leash
 from ...core.registry import method
 from ...core.rule import Rule, Run
 from ...model.weights import Weight
@@ -23,9 +23,8 @@ class Leash(Rule):
         self.eps = eps
 
     def step_end(self, run: Run) -> None:
-        for part in run.tuned.parts():
-            if isinstance(part, BlockRotation):
-                part.leash(self.eps)
+        for _, (k,) in run.tuned.tensors_of(BlockRotation, "k"):
+            leash(k, self.eps)
 
 
 @method("oft", paper="2306.07280", family="structured")
