@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ..core.method import Method
 from ..core.registry import find, make
 from .compare import read
 from .spec import FULL
@@ -216,18 +217,26 @@ def plan_on(base: str, cells: Sequence[Summary], **options: Any) -> dict[str, di
     from ..training.recipe import Recipe
     from .plan import plan
 
-    found: dict[str, dict[str, Any]] = {}
-    for one in candidates(cells):
-        method = make(one.slug, **{name: value for name, value in one.settings.items() if name != "overrides"})
-        made = plan(Recipe.of({"base": base, **options}), [method], search=False)
-        found[one.name] = {"slug": one.slug, "reason": made.reasons.get(one.slug)}
+    recipe, found = Recipe.of({"base": base, **options}), {}
+    waiting = candidates(cells)
+    while waiting:
+        # The base is described once for all of them; of one slug with several settings only the first at a time.
+        now = {one.slug: one for one in reversed(waiting)}
+        waiting = [one for one in waiting if now[one.slug] is not one]
+        made = plan(recipe, [_method(one) for one in now.values()], search=False)
+        for slug, one in now.items():
+            found[one.name] = {"slug": slug, "reason": made.reasons.get(slug)}
         for forecast in made.forecasts:
-            found[one.name] |= {
+            found[now[forecast.method].name] |= {
                 "trainable": forecast.trainable,
                 "stored_bytes": forecast.stored_bytes,
                 "peak_memory_bytes": forecast.peak,
             }
     return found
+
+
+def _method(one: Candidate) -> Method:
+    return make(one.slug, **{name: value for name, value in one.settings.items() if name != "overrides"})
 
 
 def _against(one: Candidate, limits: Limits) -> str | None:
