@@ -77,7 +77,8 @@ def test_what_is_saved_has_the_final_ranks_only_and_is_the_trained_function(slug
     dw.save(model, tmp_path / "adapter")
     fresh, _ = FAMILIES["llama"]()
     loaded = dw.load(fresh, tmp_path / "adapter")
-    assert ranks(loaded) == ranks(tuned) and torch.equal(fresh(**batch).logits, expected)
+    with torch.no_grad():  # as what is expected was read; under gradients layers share products, which rounds otherwise
+        assert ranks(loaded) == ranks(tuned) and torch.equal(fresh(**batch).logits, expected)
     dw.merge(fresh)
     assert torch.allclose(fresh(**batch).logits, expected, atol=1e-4)
 
