@@ -33,13 +33,13 @@ def by_length(data: Dataset, collator: Any, size: int, device: torch.device | st
     So a batch needs no more than `size` of the longest rows, which training must be able to take anyway.
     """
     found = costs(data)
-    if found is None:
+    if not found:
         yield from batches(data, collator, size, device)
         return
     order = sorted(range(len(data)), key=lambda index: -found[index])
     start, most = 0, size * found[order[0]]
     while start < len(order):
-        rows = order[start : start + most // found[order[start]]]
+        rows = order[start : start + max(1, most // max(1, found[order[start]]))]
         yield from batches(data.select(rows), collator, len(rows), device)
         start += len(rows)
 
