@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from typing import Any
 
-from . import picture
-from .measure import RESULTS, forked, heading, interleaved, machine, median, over, ratio, write
+from . import measure, picture
+from .measure import RESULTS, forked, heading, interleaved, median, over, ratio, write
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": {"hidden": 4096, "inner": 11008, "layers": 32, "heads": 32, "kv_heads": 32, "vocabulary": 32000},
@@ -56,31 +54,17 @@ def _number(value: float | None, unit: float) -> str:
 
 def main() -> None:
     """Run the benchmark and write its results."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = measure.arguments("finished", __doc__)
     parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--merged-layers", type=int, default=4, help="layers with weights in memory, 0.4 GB each at 7B")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="one repeat on a tiny base, to see that it works")
-    parser.add_argument("--name", default="finished")
-    options = parser.parse_args()
-    if options.quick:
-        options.name = f"quick-{options.name}"
-        options.repeats, options.shape, options.merged_layers = 1, "tiny", 1
+    options = measure.chosen(parser, shape="tiny", merged_layers=1)
     settings = SHAPES[options.shape] | {"rank": options.rank, "merged_layers": options.merged_layers}
     sides = {side: settings | {"side": side} for side in ("ours", "peft")}
     samples = interleaved("bench.finished_worker", sides, options.repeats, options.threads, forked)
-    record = {
-        "command": " ".join(["python -m bench.finished", *sys.argv[1:]]),
-        "machine": machine(),
-        "shape": options.shape,
-        "settings": settings,
-        "threads": options.threads,
-        "repeats": options.repeats,
-        "rows": rows_of(samples),
-        "samples": samples,
-    }
+    record = measure.record(
+        "finished", options, shape=options.shape, settings=settings, rows=rows_of(samples), samples=samples
+    )
     write(options.name, record, table(record))
     picture.finished(record, RESULTS / f"{options.name}.png")
 

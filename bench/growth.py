@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from typing import Any
 
-from . import picture
-from .measure import RESULTS, forked, heading, interleaved, machine, median, over, ratio, write
+from . import measure, picture
+from .measure import RESULTS, forked, heading, interleaved, median, over, ratio, write
 
 SIZE: dict[str, Any] = {
     "hidden": 512, "inner": 1408, "layers": 2, "heads": 8, "kv_heads": 4, "vocabulary": 4096,
@@ -84,18 +82,11 @@ def _figures(point: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the benchmark and write its results."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = measure.arguments("growth", __doc__)
     parser.add_argument("--grown", nargs="*", choices=GROWN, default=list(GROWN))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="one repeat of few small points, to see that it works")
-    parser.add_argument("--name", default="growth")
-    options = parser.parse_args()
-    if options.quick:
-        options.name = f"quick-{options.name}"
-        options.repeats, options.steps = 1, 2
+    options = measure.chosen(parser, steps=2)
     common = {"dtype": options.dtype, "steps": options.steps}
     found = points(options.grown, options.quick)
     # The same point on several axes is measured once.
@@ -104,15 +95,7 @@ def main() -> None:
         f"{side} {name}": point | common | {"side": side} for name, point in labels.items() for side in ("ours", "peft")
     }
     samples = interleaved("bench.growth_worker", sides, options.repeats, options.threads, forked)
-    record = {
-        "command": " ".join(["python -m bench.growth", *sys.argv[1:]]),
-        "machine": machine(),
-        "settings": SIZE | common,
-        "threads": options.threads,
-        "repeats": options.repeats,
-        "rows": rows_of(found, samples),
-        "samples": samples,
-    }
+    record = measure.record("growth", options, settings=SIZE | common, rows=rows_of(found, samples), samples=samples)
     write(options.name, record, table(record))
     picture.growth(record, RESULTS / f"{options.name}.png")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib
 import json
@@ -111,6 +112,35 @@ def machine() -> dict[str, Any]:
             continue
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else _processor()
     return {"device": device, "cores": os.cpu_count(), "versions": versions, "date": datetime.date.today().isoformat()}
+
+
+def arguments(name: str, about: str | None) -> argparse.ArgumentParser:
+    """The arguments that every benchmark takes."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="one repeat on small settings, to see that it works")
+    parser.add_argument("--name", default=name, help="of the results")
+    return parser
+
+
+def chosen(parser: argparse.ArgumentParser, **small: Any) -> argparse.Namespace:
+    """The arguments of the command line; `small` in their place, and a name of its own, where it says `--quick`."""
+    options = parser.parse_args()
+    if options.quick:
+        vars(options).update(small, repeats=1, name=f"quick-{options.name}")
+    return options
+
+
+def record(benchmark: str, options: argparse.Namespace, **found: Any) -> dict[str, Any]:
+    """What is kept of a benchmark: how it was made, then what it found."""
+    return {
+        "command": " ".join([f"python -m bench --only {benchmark}", *sys.argv[1:]]),
+        "machine": machine(),
+        "threads": options.threads,
+        "repeats": options.repeats,
+        **found,
+    }
 
 
 def heading(title: str, record: Mapping[str, Any]) -> list[str]:

@@ -69,7 +69,7 @@ def shapes(record: Mapping[str, Any], path: Path) -> None:
             layout="constrained",
         )  # fmt: skip
         for axis, (label, rows) in zip(grid[0], found.items(), strict=True):
-            full, lora, lean = (rows[slug] for slug in ("full", *sorted(set(rows) - {"full"}, key=len)))
+            full, lora, lean = rows.values()
             bars = {"full fine-tuning": full["frozen"], "LoRA, PEFT": lora["peft_frozen"]}
             bars |= {"LoRA, no logits": lean["frozen"], "LoRA": lora["frozen"]}
             _bars(axis, list(bars), list(bars.values()))

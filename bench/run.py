@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from . import picture
-from .measure import RESULTS, heading, interleaved, machine, median, over, ratio, write
+from . import measure, picture
+from .measure import RESULTS, heading, interleaved, median, over, ratio, write
 from .step import SHAPES
 
 GOALS = {"seconds": 0.75, "resident_above_base": 0.6}
@@ -95,7 +93,7 @@ def table(record: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the benchmark and write its results."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = measure.arguments("run", __doc__)
     parser.add_argument("--shape", choices=("nursery", *SHAPES), default="nursery")
     parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--rows", type=int, default=160)
@@ -103,14 +101,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="longest example, and the length of packed rows")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="one repeat on few rows, to see that it works")
-    parser.add_argument("--name", default="run")
-    options = parser.parse_args()
-    if options.quick:
-        options.name = f"quick-{options.name}"
-        options.repeats, options.rows = 1, 16
+    options = measure.chosen(parser, rows=16)
     missing = without_liger()
     chosen = [name for name in options.settings if not (SETTINGS[name].get("liger") and missing)]
     with tempfile.TemporaryDirectory() as folder:
@@ -133,17 +124,10 @@ def main() -> None:
             "ours": {key: median(ours, key) for key in FIGURES},
             "trl": {key: median(theirs, key) for key in FIGURES},
         }
-    record = {
-        "command": " ".join(["python -m bench.run", *sys.argv[1:]]),
-        "machine": machine(),
-        "shape": options.shape,
-        "settings": {key: value for key, value in common.items() if key not in PATHS} | {"rows": options.rows},
-        "threads": options.threads,
-        "repeats": options.repeats,
-        "goals": GOALS,
-        "rows": rows,
-        "samples": samples,
-    }
+    settings = {key: value for key, value in common.items() if key not in PATHS} | {"rows": options.rows}
+    record = measure.record(
+        "run", options, shape=options.shape, settings=settings, goals=GOALS, rows=rows, samples=samples
+    )
     write(options.name, record, table(record))
     picture.run(record, RESULTS / f"{options.name}.png")
 

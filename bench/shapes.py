@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from typing import Any
 
-from . import picture
-from .measure import RESULTS, forked, heading, interleaved, machine, over, write
+from . import measure, picture
+from .measure import RESULTS, forked, heading, interleaved, over, write
 from .step import LEAN_LOSS, SHAPES, rows, sides
 
 # The base and its batch: examples, tokens of each.
@@ -55,14 +53,7 @@ def table(record: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the benchmark and write its results."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="one repeat on one base, to see that it works")
-    parser.add_argument("--name", default="shapes")
-    options = parser.parse_args()
-    if options.quick:
-        options.name, options.repeats = f"quick-{options.name}", 1
+    options = measure.chosen(measure.arguments("shapes", __doc__))
     chosen = {
         label: {name: one for name, one in sides(settings, ["lora"]).items() if name in SIDES}
         for label, settings in cases(options.quick).items()
@@ -70,14 +61,8 @@ def main() -> None:
     flat = {f"{name} @ {label}": one for label, part in chosen.items() for name, one in part.items()}
     taken = interleaved("bench.step_worker", flat, options.repeats, options.threads, forked)
     samples = {label: {name: taken[f"{name} @ {label}"] for name in part} for label, part in chosen.items()}
-    record = {
-        "command": " ".join(["python -m bench --only shapes", *sys.argv[1:]]),
-        "machine": machine(),
-        "threads": options.threads,
-        "repeats": options.repeats,
-        "rows": {label: rows(part) for label, part in samples.items()},
-        "samples": samples,
-    }
+    found = {label: rows(part) for label, part in samples.items()}
+    record = measure.record("shapes", options, rows=found, samples=samples)
     write(options.name, record, table(record))
     picture.shapes(record, RESULTS / f"{options.name}.png")
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
-import sys
 from typing import Any
 
-from . import picture
-from .measure import RESULTS, forked, interleaved, machine, median, ratio, write
+from . import measure, picture
+from .measure import RESULTS, forked, interleaved, median, ratio, write
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NORMS = ["input_layernorm", "post_attention_layernorm"]
@@ -193,35 +191,25 @@ def _mean(found: dict[str, Any], key: str) -> float | None:
 
 def main() -> None:
     """Run the benchmark and write its results."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = measure.arguments("step", __doc__)
     parser.add_argument("--shape", choices=SHAPES, default="wide")
     parser.add_argument("--methods", nargs="*")
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--layers", type=int, help="instead of the shape's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--name", default="step")
-    options = parser.parse_args()
+    options = measure.chosen(parser, methods=["lora"], steps=2)
     settings = SHAPES[options.shape] | {key: getattr(options, key) for key in ("steps", "batch", "tokens", "dtype")}
     settings |= {"layers": options.layers} if options.layers else {}
     chosen = sides(settings, options.methods)
     samples = interleaved("bench.step_worker", chosen, options.repeats, options.threads, forked)
     found = rows(samples)
     means = {"time over PEFT's": _mean(found, "peft"), "saved bytes over PEFT's": _mean(found, "peft_saved")}
-    record = {
-        "command": " ".join(["python -m bench --only step", *sys.argv[1:]]),
-        "machine": machine(),
-        "shape": options.shape,
-        "settings": settings,
-        "threads": options.threads,
-        "repeats": options.repeats,
-        "rows": found,
-        "geometric_means": {name: mean for name, mean in means.items() if mean is not None},
-        "samples": samples,
-    }
+    means = {name: mean for name, mean in means.items() if mean is not None}
+    record = measure.record(
+        "step", options, shape=options.shape, settings=settings, rows=found, geometric_means=means, samples=samples
+    )
     write(options.name, record, table(record))
     picture.step(record, RESULTS / f"{options.name}.png")
 
