@@ -301,16 +301,6 @@ def _weighted(
     kind = consumes(layer)
     if (
         kind == "linear"
-        and len(args) == 1
-        and not kwargs
-        and not torch.is_grad_enabled()
-        and _low_rank(deltas, args[0])
-    ):
-        y = add_unwatched(deltas[0], args[0], call)  # type: ignore[arg-type]
-        if y is not None:
-            return y
-    if (
-        kind == "linear"
         and len(args) + len(kwargs) == 1
         and all(d.site.parameter in ("weight", "bias") for d in deltas)
     ):
@@ -361,6 +351,10 @@ def _folded(layer: nn.Module, parameter: str, deltas: Sequence[Delta]) -> Tensor
 def _linear(
     layer: nn.Module, call: Callable[..., Tensor], deltas: list[Delta], graft: Graft | None, x: Tensor
 ) -> Tensor:
+    if not torch.is_grad_enabled() and _low_rank(deltas, x):
+        added = add_unwatched(deltas[0], x, call)  # type: ignore[arg-type]
+        if added is not None:
+            return added
     stored = layer._parameters["weight"]
     weight = Weight(layer)
     changes = [delta for delta in deltas if delta.site.parameter == "weight"]

@@ -72,7 +72,11 @@ def neurons(base: Anatomy, block: Block) -> dict[str, Site]:
 
 
 def neuron_masks(found: Mapping[str, Site], stays: Tensor) -> Iterator[tuple[Site, Tensor]]:
-    """The same for the neurons of a feed-forward part: rows of gate and up, columns of down."""
+    """For each weight of a feed-forward part what stays without some neurons, as a mask that spreads over `out x in`.
+
+    Yields:
+        the site, and `neurons x 1` (rows) for gate and up, `1 x neurons` (columns) for down.
+    """
     for role, site in found.items():
         yield site, stays.unsqueeze(0) if role == "down" else stays.unsqueeze(1)
 

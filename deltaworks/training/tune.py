@@ -48,8 +48,9 @@ FREE = ("output", "save_every", "keep", "evaluate_every", "samples", "sample_len
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "sgd": "sgd", "adafactor": "adafactor", "adamw_8bit": "adamw_bnb_8bit"}
 PART = ".deltaworks.part"  # a file while it is being written
 HALF = (torch.bfloat16, torch.float16)
-LABELLED = ("sequence-classification", "regression", "token-classification", "image-classification")
-STEPWISE = ("causal-lm", "masked-lm", "multiple-choice", *LABELLED[:3])
+LABELLED_TEXT = ("sequence-classification", "regression", "token-classification")
+LABELLED = (*LABELLED_TEXT, "image-classification")
+STEPWISE = ("causal-lm", "masked-lm", "multiple-choice", *LABELLED_TEXT)
 
 
 @dataclass(frozen=True)

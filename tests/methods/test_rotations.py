@@ -111,7 +111,8 @@ def test_hra_needs_pairs_to_start_at_the_base_unless_it_is_strict() -> None:
     base = model(x)
     attach(model, dw.HRA, rank=3, strict=True)
     assert not torch.allclose(model(x), base, atol=1e-3)
-    u = part(dw.tuned(model)).units()
+    delta = part(dw.tuned(model))
+    u = delta.compact(delta.u)[0]
     assert torch.allclose(u.T @ u, torch.eye(3, dtype=torch.float64), atol=1e-10)
 
 

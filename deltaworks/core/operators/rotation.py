@@ -60,13 +60,9 @@ class Householder(Rotation):
         self.u = nn.Parameter(u)
         self.orthogonal = orthogonal
 
-    def units(self) -> Tensor:
-        """The unit vectors, `in x r`."""
-        return self._units(self.u)
-
     def _units(self, u: Tensor) -> Tensor:
         if not self.orthogonal:
-            return u / u.norm(dim=0)
+            return units(u)
         columns: list[Tensor] = []
         for column in u.unbind(1):
             for done in columns:
@@ -90,6 +86,11 @@ class Householder(Rotation):
         if not plain(self, x) or weight.dtype != x.dtype:
             return None
         return _ReflectedLinear.apply(x, weight, bias, self, self.u)  # type: ignore[return-value]
+
+
+def units(u: Tensor) -> Tensor:
+    """The columns of `... x in x r` at length one."""
+    return u / u.norm(dim=-2, keepdim=True)
 
 
 class _ReflectedLinear(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...core import fields
 from ...core.init import kaiming
 from ...core.method import WeightMethod
-from ...core.operators.rotation import Householder
+from ...core.operators.rotation import Householder, units
 from ...core.registry import method
 from ...core.rule import Rule, Run, pooled
 from ...model.weights import Weight
@@ -25,8 +25,8 @@ class Apart(Rule):
         self.strength = strength
 
     def penalty(self, run: Run) -> Tensor | None:
-        units = [u / u.norm(dim=-2, keepdim=True) for _, (u,) in run.tuned.tensors_of(Householder, "u")]
-        terms = [(torch.eye(u.shape[-1], dtype=u.dtype, device=u.device) - u.mT @ u).square().sum() for u in units]
+        columns = [units(u) for _, (u,) in run.tuned.tensors_of(Householder, "u")]
+        terms = [(torch.eye(u.shape[-1], dtype=u.dtype, device=u.device) - u.mT @ u).square().sum() for u in columns]
         return self.strength * pooled(terms).sum() if terms else None
 
 
