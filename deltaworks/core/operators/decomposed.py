@@ -15,8 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from ...model.weights import Weight
 from ..part import Delta
-from .low_rank import add_back, branch_input, dropped, kept, narrow_gradient, plain
+from .low_rank import add_back, base_product, branch_input, dropped, kept, narrow_gradient, plain
 from .made import constant
+from .output import as_returned, gain_gradient, kept_output
 
 
 class Decomposed(Delta):
@@ -95,7 +96,10 @@ def _nonzero(norms: Tensor) -> Tensor:
 
 
 class _TurnedLinear(torch.autograd.Function):
-    """`diag(m / c) (x W^T + scale ((kept x) A^T) B^T) + bias`; keeps the bracket (for m), x (for A), x A^T (for B)."""
+    """`diag(m / c) (x W^T + scale ((kept x) A^T) B^T) + bias`; keeps x (for A), x A^T (for B), and for m the output.
+
+    With a bias, which would have to be taken off again, it keeps the bracket in the output's place.
+    """
 
     @staticmethod
     def forward(
@@ -111,19 +115,30 @@ class _TurnedLinear(torch.autograd.Function):
         survive: Tensor | None,
     ) -> Tensor:
         z = branch_input(x, survive) @ a.to(x.dtype).T
-        direction = torch.mm(x.reshape(-1, x.shape[-1]), weight.T).addmm_(z, b.to(x.dtype).T, alpha=scale)
-        # Not a view: models add residuals to a layer's output in place.
-        out = x.new_empty(*x.shape[:-1], weight.shape[0])
-        torch.mul(direction, (magnitude / norms).to(x.dtype), out=out.view(direction.shape))
+        y, rows = base_product(x, weight, None)
+        rows.addmm_(z, b.to(x.dtype).T, alpha=scale)
+        gain = (magnitude / norms).to(x.dtype)
         ctx.scale = scale
-        ctx.save_for_backward(x, survive, z, direction, weight, a, b, magnitude, norms)
-        return out if bias is None else out.add_(bias.to(x.dtype))
+        direction = out = None
+        if bias is None:
+            rows.mul_(gain)
+            out = kept_output(ctx, y)
+        else:
+            direction = rows.clone()
+            torch.addcmul(bias.to(x.dtype), rows, gain, out=rows)
+        ctx.save_for_backward(x, survive, z, direction, out, weight, a, b, magnitude, norms)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, survive, z, direction, weight, a, b, magnitude, norms = ctx.saved_tensors
-        g, dm, gz, da, db = _turned_gradients(ctx, gradients[0], x, survive, z, direction, a, b, magnitude, norms)
+        x, survive, z, direction, out, weight, a, b, magnitude, norms = ctx.saved_tensors
+        dm = None
+        if out is not None and as_returned(ctx):
+            dm = gain_gradient(gradients[0].flatten(0, -2), out.flatten(0, -2), magnitude)
+        if dm is None and direction is None:
+            direction = torch.mm(x.reshape(-1, x.shape[-1]), weight.T).addmm_(z, b.to(x.dtype).T, alpha=ctx.scale)
+        g, dm, gz, da, db = _turned_gradients(ctx, gradients[0], x, survive, z, direction, dm, a, b, magnitude, norms)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = add_back(g @ weight, gz, a.to(g.dtype), ctx.scale, survive).view(x.shape)
@@ -137,15 +152,19 @@ def _turned_gradients(
     x: Tensor,
     survive: Tensor | None,
     z: Tensor,
-    direction: Tensor,
+    direction: Tensor | None,
+    dm: Tensor | None,
     a: Tensor,
     b: Tensor,
     magnitude: Tensor,
     norms: Tensor,
 ) -> tuple[Tensor, ...]:
-    """The gradient of the bracket, dm, the same times B (without the scale), dA and dB."""
+    """The gradient of the bracket, dm (made of the bracket unless known), the first times B (without the scale), dA
+    and dB."""
     g = gradient.reshape(-1, gradient.shape[-1])
-    dm = ((g * direction).sum(0).to(norms.dtype) / norms).to(magnitude.dtype)
+    if dm is None:
+        assert direction is not None
+        dm = ((g * direction).sum(0).to(norms.dtype) / norms).to(magnitude.dtype)
     g = g * (magnitude / norms).to(g.dtype)
     gz = g @ b.to(g.dtype)
     da = narrow_gradient(gz, branch_input(x, survive), ctx.scale, a.dtype)
@@ -184,7 +203,7 @@ class _Turn(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, survive, z, direction, a, b, magnitude, norms = ctx.saved_tensors
-        g, dm, gz, da, db = _turned_gradients(ctx, gradients[0], x, survive, z, direction, a, b, magnitude, norms)
+        g, dm, gz, da, db = _turned_gradients(ctx, gradients[0], x, survive, z, direction, None, a, b, magnitude, norms)
         dx = None
         if ctx.needs_input_grad[1]:
             dx = (gz @ a.to(g.dtype)).mul_(ctx.scale).view(x.shape)

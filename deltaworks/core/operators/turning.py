@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .low_rank import base_product
+from .output import as_returned, gain_gradient, kept_output
 
 WORTHWHILE = 32
 """Side of a block from which on products of single blocks are fast."""
@@ -55,29 +56,37 @@ def turned_linear(x: Tensor, weight: Tensor, bias: Tensor | None, r: Tensor, s: 
 
 
 class _TurnedLinear(torch.autograd.Function):
-    """Keeps x (for R) and the product that s scales (for s): making that again would cost a whole base product."""
+    """Keeps x (for R) and, for s, the output; with a bias the product that s scales instead."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, r: Tensor, s: Tensor | None) -> Tensor:
-        kept = x if ctx.needs_input_grad[3] else None
+        kept = x if ctx.needs_input_grad[3] or ctx.needs_input_grad[4] else None
         turned = _turned(x, r)
         if s is None:
-            ctx.save_for_backward(kept, weight, r, s, None)
+            ctx.save_for_backward(kept, weight, r, s, None, None)
             return base_product(turned, weight, bias)[0]
-        plain = turned.reshape(-1, x.shape[-1]) @ weight.T
-        y = x.new_empty(*x.shape[:-1], weight.shape[0])
-        torch.mul(plain, s.to(x.dtype), out=y.view(plain.shape))
-        ctx.save_for_backward(kept, weight, r, s, plain if ctx.needs_input_grad[4] else None)
-        return y if bias is None else y.add_(bias)
+        y, rows = base_product(turned, weight, None)
+        plain = out = None
+        if bias is None:
+            rows.mul_(s.to(x.dtype))
+            out = kept_output(ctx, y) if ctx.needs_input_grad[4] else None
+        else:
+            plain = rows.clone() if ctx.needs_input_grad[4] else None
+            torch.addcmul(bias, rows, s.to(x.dtype), out=rows)
+        ctx.save_for_backward(kept, weight, r, s, plain, out)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, weight, r, s, plain = ctx.saved_tensors
+        x, weight, r, s, plain, out = ctx.saved_tensors
         g = gradients[0].reshape(-1, gradients[0].shape[-1])
         ds = dr = dx = None
         if s is not None:
-            if plain is not None:
+            if out is not None and as_returned(ctx):
+                ds = gain_gradient(g, out.flatten(0, -2), s)
+            if ctx.needs_input_grad[4] and ds is None:
+                plain = _turned(x, r).reshape(-1, x.shape[-1]) @ weight.T if plain is None else plain
                 ds = (plain * g).sum(0).to(s.dtype)
             g = g * s.to(g.dtype)
         pulled = g @ weight
