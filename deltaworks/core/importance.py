@@ -82,7 +82,7 @@ class Importance:
 
     def _hear(self, name: str, change: Tensor, gradient: Tensor, entries: int) -> None:
         wide = torch.promote_types(change.dtype, torch.float32)
-        score = torch.linalg.vector_norm(change * gradient, ord=1, dtype=wide).detach() / math.sqrt(entries)
+        score = (change.detach() * gradient.detach()).abs_().sum(dtype=wide) / math.sqrt(entries)
         self._heard[name] = self._heard[name] + score if name in self._heard else score
 
     def close(self, deltas: Mapping[str, Delta]) -> None:

@@ -94,10 +94,12 @@ def test_a_larger_rank_of_the_bases_means_fewer_parameters() -> None:
     assert sizes[1] == 2 * 4 * (2 + 8)
 
 
-def test_many_rows_keep_the_input_only() -> None:
+def test_many_rows_keep_the_input_and_a_weight_that_is_half_as_large_at_most() -> None:
     model, x, _ = start()
-    x = x.repeat(10, 1, 1).requires_grad_()
-    assert saved_shapes(lambda: model.first(x)) == [(20, 5, 12)]
+    part(dw.tuned(model)).prefers_side = lambda *_: False
+    for repeat, kept in ((1, []), (2, [(8, 12)])):
+        rows = x.repeat(repeat, 1, 1).requires_grad_()
+        assert saved_shapes(lambda rows=rows: model.first(rows)) == [(2 * repeat, 5, 12), *kept]
 
 
 def test_a_file_for_other_shapes_is_refused(tmp_path) -> None:

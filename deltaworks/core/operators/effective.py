@@ -1,13 +1,14 @@
-"""A linear layer under its effective weight, keeping only the input for backward.
+"""A linear layer under its effective weight, keeping little more than the input for backward.
 
 Building `W' = fold(W)` and calling `F.linear` would make autograd keep `W'` and every intermediate of the fold, one
-full matrix or more per layer. Here the backward pass folds again, so only `x` and the delta's own tensors stay alive.
+full matrix or more per layer. Here the backward pass folds again, so only `x` and the delta's own tensors stay alive;
+and `W'` where building it is costly and `x`, with many tokens, twice as large.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ...model.weights import Weight, is_ordinary
 from ..part import Delta, trainable
+from .products import over_rows
 
 
 class Built(Delta):
@@ -22,7 +24,12 @@ class Built(Delta):
 
     `fold` stays the definition, differentiable; these two are the same in fewer passes over the matrix, made in the
     weight's dtype and without a graph.
+
+    Attributes:
+        costly: whether building takes a product with matrices as wide as the weight.
     """
+
+    costly: ClassVar[bool] = False
 
     def built(self, weight: Tensor) -> Tensor:
         """The changed weight, `out x in`, in `weight`'s dtype; a new tensor."""
@@ -46,8 +53,8 @@ def effective_linear(x: Tensor, layer: nn.Module, deltas: Sequence[Delta]) -> Te
     eager = not (torch.compiler.is_compiling() or x.is_meta or torch.is_autocast_enabled(x.device.type))
     if not eager or not torch.is_grad_enabled():
         return nn.functional.linear(x, _fold(layer, deltas).to(x.dtype), bias)
-    y: Any = _EffectiveLinear.apply(x, layer, deltas, *trainable(deltas))
-    return y if bias is None else y + bias
+    y: Any = _EffectiveLinear.apply(x, None if bias is None else bias.to(x.dtype), layer, deltas, *trainable(deltas))
+    return y
 
 
 def _fold_bias(layer: nn.Module, deltas: Sequence[Delta]) -> Tensor | None:
@@ -87,31 +94,39 @@ def _fold(layer: nn.Module, deltas: Sequence[Delta]) -> Tensor:
 
 class _EffectiveLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: nn.Module, deltas: Sequence[Delta], *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, layer: nn.Module, deltas: Sequence[Delta], *parameters: Tensor
+    ) -> Tensor:
         ctx.layer, ctx.deltas, ctx.parameters = layer, deltas, parameters  # what trains may change before backward
-        ctx.save_for_backward(x if any(ctx.needs_input_grad[3:]) else None)
         delta = _by_hand(layer, deltas)
         weight = _fold(layer, deltas) if delta is None else delta.built(Weight(layer).matrix())
-        return nn.functional.linear(x, weight.to(x.dtype))
+        weight, trains = weight.to(x.dtype), any(ctx.needs_input_grad[4:])
+        lasts = delta is not None and delta.costly and trains and 2 * weight.numel() <= x.numel()
+        ctx.save_for_backward(x if trains else None, weight if lasts and ctx.needs_input_grad[0] else None)
+        return nn.functional.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (x,) = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         g = gradients[0]
-        parameters = ctx.parameters
+        parameters, dbias = ctx.parameters, None
+        if ctx.needs_input_grad[1]:
+            dbias = g.flatten(0, -2).sum(0)
         delta = _by_hand(ctx.layer, ctx.deltas)
         if delta is not None:
             matrix = Weight(ctx.layer).matrix()
-            dx = g @ delta.built(matrix).to(g.dtype) if ctx.needs_input_grad[0] else None
+            dx = None
+            if ctx.needs_input_grad[0]:
+                dx = g @ (delta.built(matrix).to(g.dtype) if weight is None else weight)
             if x is None:
-                return dx, None, None, *(None for _ in parameters)
-            return dx, None, None, *delta.pulled(matrix, g.flatten(0, -2).T @ x.flatten(0, -2))
+                return dx, dbias, None, None, *(None for _ in parameters)
+            return dx, dbias, None, None, *delta.pulled(matrix, over_rows(g.flatten(0, -2), x.flatten(0, -2)))
         with torch.enable_grad():
             weight = _fold(ctx.layer, ctx.deltas).to(g.dtype)
         dx = g @ weight.detach() if ctx.needs_input_grad[0] else None
         if not parameters:
-            return dx, None, None
-        change = g.flatten(0, -2).T @ x.flatten(0, -2)
+            return dx, dbias, None, None
+        change = over_rows(g.flatten(0, -2), x.flatten(0, -2))
         grads = torch.autograd.grad(weight, parameters, change, allow_unused=True)
-        return dx, None, None, *grads
+        return dx, dbias, None, None, *grads

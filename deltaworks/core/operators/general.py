@@ -109,19 +109,21 @@ class WeightTerms(Terms, Built):
         return (weight.to(wide) + self._change(weight.to(wide), self.kinds)).to(weight.dtype)
 
     def built(self, weight: Tensor) -> Tensor:
-        made = weight
+        made = weight.clone()
         for name, sort in self.kinds.items():
             if sort == "none":
                 continue
             down, up = self._pair(name, weight.dtype)
-            factor = weight if name == "a" else None
-            if sort != "lora":
-                value = down[:, :1] if sort == "vector" else down[:1, :1]
-                made = made + value if factor is None else torch.addcmul(made, factor, value)
-            else:
+            if sort == "lora" and name == "b":
                 assert up is not None
-                made = torch.addmm(made, down, up) if factor is None else torch.addcmul(made, factor, down @ up)
-        return weight.clone() if made is weight else made
+                made.addmm_(down, up)
+                continue
+            value = down[:, :1] if sort == "vector" else down[:1, :1]
+            if sort == "lora":
+                assert up is not None
+                value = down @ up
+            made.add_(value) if name == "b" else made.addcmul_(weight, value)
+        return made
 
     def pulled(self, weight: Tensor, change: Tensor) -> tuple[Tensor | None, ...]:
         found: dict[str, Tensor] = {}
@@ -196,8 +198,11 @@ class BiasTerms(Terms):
         value = torch.zeros(self.fan_out, 1) if bias is None else bias.matrix().unsqueeze(-1)
         wide = torch.promote_types(value.dtype, torch.float32)
         change = value.to(wide) * self.term("d", kinds["d"]) + self.term("e", kinds["e"])
-        prompt = self.term("c", kinds["c"])
-        if isinstance(prompt, Tensor) and bias is not None:
+        down, up = self._parameters["cd"], self._parameters["cu"]
+        if kinds["c"] != "none" and down is not None and bias is not None:
             matrix = Weight(bias.layer, "weight", bias.rows).matrix()
-            change = change + (matrix @ prompt.to(matrix.dtype)).to(wide)
+            # A few columns at once cost less than one alone.
+            lora = kinds["c"] == "lora" and up is not None
+            product = (matrix @ (down if lora else down[:, :1]).to(matrix.dtype)).to(wide)
+            change = change + (product @ up.to(wide) if lora and up is not None else product)
         return change.squeeze(-1)

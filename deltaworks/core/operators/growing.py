@@ -10,9 +10,10 @@ from torch.autograd.function import once_differentiable
 
 from ..part import heard
 from .low_rank import Factored, _by_weight
+from .products import over_rows
 from .triplet import Triplet
 
-CHUNK = 1 << 18
+CHUNK = 1 << 20
 """Entries that are heard at a time: they stay in a processor's cache."""
 
 
@@ -102,5 +103,5 @@ class _Observed(torch.autograd.Function):
             q, p = (factor.detach().to(g.dtype) for factor in ctx.delta.factors())
             step = max(1, CHUNK // x.shape[1])
             for low in range(0, len(p), step):
-                ctx.delta.watch(p[low : low + step] @ q, g[:, low : low + step].T @ x, len(p) * x.shape[1])
+                ctx.delta.watch(p[low : low + step] @ q, over_rows(g[:, low : low + step], x), len(p) * x.shape[1])
         return gradients[0], None, None

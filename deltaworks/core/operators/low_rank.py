@@ -271,7 +271,7 @@ def _by_weight(delta: Delta, x: Tensor, layer: Any) -> Tensor:
     return layer._conv_forward(x, kernel, None)
 
 
-def _branch_gradients(
+def branch_gradients(
     ctx: Any, g: Tensor, x: Tensor | None, survive: Tensor | None, z: Tensor | None, a: Tensor, b: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the branch, each only if needed: (g B, dA, dB)."""
@@ -332,7 +332,7 @@ class _LowRankLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, survive, z, weight, shift, a, b = ctx.saved_tensors
         g = gradients[0].reshape(-1, gradients[0].shape[-1])
-        gb, da, db = _branch_gradients(ctx, g, x, survive, z, a, b)
+        gb, da, db = branch_gradients(ctx, g, x, survive, z, a, b)
         dx = None
         if ctx.needed[0] and gb is not None:
             dx = add_back(g @ shifted(weight, shift), gb, a.to(g.dtype), ctx.scale, survive)
@@ -432,7 +432,7 @@ class _LowRankAdd(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, survive, z, a, b = ctx.saved_tensors
         g = gradients[0].reshape(-1, gradients[0].shape[-1])
-        gb, da, db = _branch_gradients(ctx, g, x, survive, z, a, b)
+        gb, da, db = branch_gradients(ctx, g, x, survive, z, a, b)
         dx = None
         if ctx.needed[0] and gb is not None:
             dx = (gb @ a.to(g.dtype)).mul_(ctx.scale).view(*gradients[0].shape[:-1], a.shape[-1])

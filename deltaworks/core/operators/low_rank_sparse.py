@@ -13,10 +13,22 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ...model.weights import Weight
-from .low_rank import Factored, add_branch, base_product, plain
+from .low_rank import (
+    Factored,
+    add_back,
+    add_branch,
+    base_product,
+    branch_gradients,
+    branch_input,
+    kept,
+    plain,
+)
+from .products import over_rows
 
 CHUNK = 1 << 22
 """Values gathered, or of a product, at a time."""
+FEWEST = 512
+"""Rows of a product at a time: fewer take nearly as long."""
 SCARCE = 1000
 """Of as many entries less than one must be wanted for gathering to be cheaper than the product."""
 
@@ -78,8 +90,9 @@ class LowRankSparse(Factored):
         return True
 
     def side(self, x: Tensor) -> Tensor:
-        y = self._sparse_product(x, None, None) if plain(self, x) else x @ self.sparse().to(x.dtype).T
-        return add_branch(self, x, y, self.a, self.b)
+        if plain(self, x):
+            return self._product(x, None, None)
+        return add_branch(self, x, x @ self.sparse().to(x.dtype).T, self.a, self.b)
 
     def act(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
         return y + self.side(x).to(y.dtype)
@@ -87,10 +100,11 @@ class LowRankSparse(Factored):
     def with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         if not plain(self, x) or weight.dtype != x.dtype:
             return None
-        return add_branch(self, x, self._sparse_product(x, weight, bias), self.a, self.b)
+        return self._product(x, weight, bias)
 
-    def _sparse_product(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return sparse_linear(x, weight, bias, self.values, self.index, self.sparse_scale, self.b.shape[0])
+    def _product(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None = None) -> Tensor:
+        settings = (self.values, self.index, self.sparse_scale, self.b.shape[0])
+        return sparse_linear(x, weight, bias, *settings, mask, self)
 
     def look_up(self, tokens: Tensor, layer: nn.Embedding) -> Tensor:
         change = nn.functional.embedding(tokens, self.sparse().T, layer.padding_idx)
@@ -122,9 +136,10 @@ def sparse_linear(
     index: Tensor,
     scale: float,
     fan_out: int,
-    kept: Tensor | None = None,
+    mask: Tensor | None = None,
+    branch: LowRankSparse | None = None,
 ) -> Tensor:
-    """`x (m W + scale S)^T + bias`, W and bias frozen; without W the sparse term only.
+    """`x (m W + scale S)^T + bias`, and a low-rank branch's term; W and bias frozen, without W without the first term.
 
     Args:
         x: `... x in`.
@@ -134,9 +149,13 @@ def sparse_linear(
         index: their places `i * in + j`.
         scale: multiplies S.
         fan_out: out.
-        kept: m as bits (`packed`); None for all of W.
+        mask: m as bits (`packed`); None for all of W.
+        branch: whose factors make the low-rank term, if any.
     """
-    return _SparseLinear.apply(x, weight, bias, values, index, scale, fan_out, kept)  # type: ignore[return-value]
+    survive, a, b, branch_scale = None, None, None, 0.0
+    if branch is not None:
+        (survive, branch_scale), (a, b) = kept(branch, x), branch.factors()
+    return _SparseLinear.apply(x, weight, bias, values, index, scale, fan_out, mask, a, b, branch_scale, survive)  # type: ignore[return-value]
 
 
 def _scratch(
@@ -146,18 +165,18 @@ def _scratch(
     index: Tensor,
     scale: float,
     fan_out: int,
-    kept: Tensor | None,
+    mask: Tensor | None,
 ) -> Tensor:
-    """The kept weight with S added, `out x in`, in x's dtype."""
+    """The weight under its mask with S added, `out x in`, in x's dtype."""
     below = x.new_zeros(fan_out, x.shape[-1]) if weight is None else weight.clone(memory_format=torch.contiguous_format)
-    if kept is not None:
-        below.masked_fill_(~unpacked(kept, fan_out, x.shape[-1]), 0)
+    if mask is not None:
+        below.masked_fill_(~unpacked(mask, fan_out, x.shape[-1]), 0)
     below.view(-1).index_add_(0, index, values.to(below.dtype), alpha=scale)
     return below
 
 
 class _SparseLinear(torch.autograd.Function):
-    """`sparse_linear`; keeps x, and nothing as large as the weight but the weight itself."""
+    """`sparse_linear`; keeps x, `x A^T`, and nothing as large as the weight but the weight itself."""
 
     @staticmethod
     def forward(
@@ -169,29 +188,47 @@ class _SparseLinear(torch.autograd.Function):
         index: Tensor,
         scale: float,
         fan_out: int,
-        kept: Tensor | None,
+        mask: Tensor | None,
+        a: Tensor | None,
+        b: Tensor | None,
+        branch_scale: float,
+        survive: Tensor | None,
     ) -> Tensor:
-        ctx.scale, ctx.fan_out, ctx.fan_in = scale, fan_out, x.shape[-1]
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, values, index, kept)
-        below = _scratch(x, weight, values, index, scale, fan_out, kept)
-        return base_product(x, below, bias)[0]
+        ctx.sparse_scale, ctx.fan_out, ctx.fan_in = scale, fan_out, x.shape[-1]
+        ctx.scale, ctx.needed = branch_scale, (ctx.needs_input_grad[0], *ctx.needs_input_grad[8:10])
+        need_x, need_a, need_b = ctx.needed
+        y, rows = base_product(x, _scratch(x, weight, values, index, scale, fan_out, mask), bias)
+        z = None
+        if a is not None and b is not None:
+            z = branch_input(x, survive) @ a.to(x.dtype).T
+            rows.addmm_(z, b.to(x.dtype).T, alpha=branch_scale)
+        ctx.save_for_backward(
+            x if ctx.needs_input_grad[3] or need_a else None, survive if need_a or need_x else None,
+            z if need_b else None, weight, values, index, mask, a, b,
+        )  # fmt: skip
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, weight, values, index, kept = ctx.saved_tensors
+        x, survive, z, weight, values, index, mask, a, b = ctx.saved_tensors
         g = gradients[0].reshape(-1, ctx.fan_out)
-        dx = dv = None
+        dx = dv = gb = da = db = None
+        if a is not None:
+            gb, da, db = branch_gradients(ctx, g, x, survive, z, a, b)
         if ctx.needs_input_grad[0]:
-            below = _scratch(g.new_empty(0, ctx.fan_in), weight, values, index, ctx.scale, ctx.fan_out, kept)
-            dx = (g @ below).view(*gradients[0].shape[:-1], ctx.fan_in)
+            like = g.new_empty(0, ctx.fan_in)
+            dx = g @ _scratch(like, weight, values, index, ctx.sparse_scale, ctx.fan_out, mask)
+            if gb is not None and a is not None:
+                add_back(dx, gb, a.to(g.dtype), ctx.scale, survive)
+            dx = dx.view(*gradients[0].shape[:-1], ctx.fan_in)
         if ctx.needs_input_grad[3]:
-            dv = sampled(g, x.reshape(-1, x.shape[-1]), index).mul_(ctx.scale).to(values.dtype)
-        return dx, None, None, dv, None, None, None, None
+            dv = sampled(g, x.reshape(-1, x.shape[-1]), index).mul_(ctx.sparse_scale).to(values.dtype)
+        return dx, None, None, dv, None, None, None, None, da, db, None, None
 
 
 def sampled(g: Tensor, x: Tensor, index: Tensor) -> Tensor:
-    """Entries of `g^T x` (`out x in`) at flat places: of its rows, a quarter at most at a time, or by gathered columns.
+    """Entries of `g^T x` (`out x in`) at flat places: of some of its rows at a time, or by gathered columns.
 
     Args:
         g: `tokens x out`.
@@ -201,9 +238,10 @@ def sampled(g: Tensor, x: Tensor, index: Tensor) -> Tensor:
     fan_out, fan_in = g.shape[1], x.shape[1]
     if len(index) * SCARCE >= fan_out * fan_in:
         # A product computes an entry hundreds of times faster than a gather does.
+        most = max(fan_out // 4, min(fan_out // 2, FEWEST))
         found = g.new_empty(len(index))
-        for low in range(0, fan_out, step := max(1, min(CHUNK // fan_in, fan_out // 4))):
-            product = (g[:, low : low + step].T @ x).flatten()
+        for low in range(0, fan_out, step := max(1, min(CHUNK // fan_in, most))):
+            product = over_rows(g[:, low : low + step], x).flatten()
             places = index - low * fan_in
             inside = (places >= 0) & (places < len(product))
             found[inside] = product[places[inside]]

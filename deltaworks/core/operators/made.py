@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .effective import Built
 from .low_rank import Factored, add_back, base_product, branch_input, kept, narrow_gradient, plain
+from .products import over_rows
 
 
 class Made(Factored, Built):
@@ -47,7 +48,7 @@ class Made(Factored, Built):
         with torch.enable_grad():
             sources = [source.detach().requires_grad_() for source in self.sources()]
             a, b = self.made(change.dtype, *sources)
-        da = (b.detach().T @ change).mul_(self.scale) if self.train_a else None
+        da = over_rows(b.detach(), change).mul_(self.scale) if self.train_a else None
         db = (change @ a.detach().T).mul_(self.scale) if self.train_b else None
         return _through((a, b), (da, db), sources)
 

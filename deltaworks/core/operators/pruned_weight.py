@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...model.weights import Weight
 from ..part import Delta
-from .low_rank import add_branch, plain
+from .low_rank import plain
 from .low_rank_sparse import LowRankSparse, packed, sparse_linear, unpacked
 
 
@@ -124,8 +124,7 @@ class PrunedLowRankSparse(LowRankSparse):
             return super().with_base(x, weight, bias)
         if not plain(self, x) or weight.dtype != x.dtype:
             return None
-        settings = (self.values, self.index, self.sparse_scale, self.b.shape[0], self.kept)
-        return add_branch(self, x, sparse_linear(x, weight, bias, *settings), self.a, self.b)
+        return self._product(x, weight, bias, self.kept)
 
 
 class Coefficients(Delta):

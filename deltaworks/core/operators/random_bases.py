@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...model.weights import Weight
 from ..part import Shared
 from .made import Made, constant
+from .products import in_rows
 
 
 class RandomBases(Shared):
@@ -69,6 +70,7 @@ class RandomMixture(Made):
         dropout: probability of zeroing an input feature of the branch in training.
     """
 
+    costly = True
     settings: ClassVar[tuple[str, ...]] = ("fan_out", "fan_in", "scale", "dropout")
     borrowed: ClassVar[tuple[str, ...]] = ("bases",)
 
@@ -126,12 +128,35 @@ class RandomMixture(Made):
         a, b = self.factors()
         return self.scale * (b @ a)
 
+    def built(self, weight: Tensor) -> Tensor:
+        a, b = self.made(weight.dtype, self.lam.detach(), self.gamma.detach())
+        return torch.addmm(weight, in_rows(b), a, alpha=self.scale)
+
+    def pulled(self, weight: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+        lam, gamma = self.lam.detach().to(change.dtype), self.gamma.detach().to(change.dtype)
+        slope = self._basis(change.dtype, turned=True) @ (change if self.train_a else change.T)
+        slope = slope.mul_(self.scale).unflatten(0, lam.shape).mul_(self._first(change.dtype)).transpose(0, 1)
+        dlam = torch.bmm(slope, gamma.unsqueeze(2)).squeeze(2).T
+        dgamma = torch.bmm(lam.T.unsqueeze(1), slope).squeeze(1)
+        return dlam.to(self.lam.dtype), dgamma.to(self.gamma.dtype)
+
     def _scaled(self, dtype: torch.dtype, lam: Tensor, gamma: Tensor) -> Tensor:
         """F, `rank N x short`: every row of A for each basis."""
-        short = gamma.shape[-1]
-        a = constant(self.bases.a, dtype, lambda a: a[:, None, :short], short)
-        return (lam.to(dtype).unsqueeze(-1) * a * gamma.to(dtype)).flatten(0, 1)
+        scaled = lam.to(dtype).unsqueeze(-1) * self._first(dtype)
+        gamma = gamma.to(dtype)
+        return (scaled * gamma if scaled.requires_grad or gamma.requires_grad else scaled.mul_(gamma)).flatten(0, 1)
 
-    def _basis(self, dtype: torch.dtype) -> Tensor:
+    def _first(self, dtype: torch.dtype) -> Tensor:
+        """A, `rank x 1 x short`."""
+        short = self.gamma.shape[-1]
+        return constant(self.bases.a, dtype, lambda a: a[:, None, :short], short)
+
+    def _basis(self, dtype: torch.dtype, *, turned: bool = False) -> Tensor:
+        """B, `long x N rank`, or its transpose."""
         long, count = max(self.fan_out, self.fan_in), -(-min(self.fan_out, self.fan_in) // self.bases.rank)
-        return constant(self.bases.b, dtype, lambda b: b[:long, :count].flatten(1), (long, count))
+
+        def view(b: Tensor) -> Tensor:
+            whole = b[:long, :count].flatten(1)
+            return whole.T if turned else whole
+
+        return constant(self.bases.b, dtype, view, (long, count, turned))

@@ -49,8 +49,15 @@ class Singular(Delta):
         Raises:
             ValueError: when they are not those that the delta was trained with.
         """
-        dense = weight.dense()
-        if self.u is not None or dense.is_meta:
+        if self.u is None:
+            self._find(weight.dense(), weight.path or "a weight")
+        if self.u is not None and self.vh is not None:
+            # What they give is added to the weight, so they need no more than its precision; two lie about a layer.
+            dtype = weight.matrix().dtype
+            self.u, self.vh = self.u.to(dtype).contiguous(), self.vh.to(dtype).contiguous()
+
+    def _find(self, dense: Tensor, where: str) -> None:
+        if dense.is_meta:
             return
         rank = self.prints.shape[-1]
         u, s, vh = (part[..., :rank, :] if i == 2 else part[..., :rank] for i, part in enumerate(self.found(dense)))
@@ -61,10 +68,10 @@ class Singular(Delta):
             self.prints.copy_(prints)
         elif not torch.allclose(prints, self.prints.to(prints.device), rtol=1e-2, atol=1e-2):
             raise ValueError(
-                f"the singular vectors of {weight.path or 'a weight'} are not those the adapter was trained in; "
+                f"the singular vectors of {where} are not those the adapter was trained in; "
                 "the base must be the very same, or merge where it was trained"
             )
-        self.u, self.s, self.vh = u.contiguous(), s, vh.contiguous()
+        self.u, self.s, self.vh = u, s, vh
 
     def found(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """U, S and V^T of a weight; or what a subclass takes for them, the last of orthonormal rows."""
@@ -92,6 +99,7 @@ class SpectrumShift(Singular, Scaled, Built):
         prints, fan_out, fan_in: see `Singular`.
     """
 
+    costly = True
     scale = 1.0
 
     def __init__(self, shift: Tensor, prints: Tensor, fan_out: int, fan_in: int) -> None:
@@ -120,7 +128,7 @@ class SpectrumShift(Singular, Scaled, Built):
         if self.u is None:
             return (torch.zeros_like(self.shift),)
         vh, u = self.bases(change.dtype)
-        return ((u.T @ change).mul_(vh).sum(1, dtype=self.shift.dtype),)
+        return ((change @ vh.T).mul_(u).sum(0, dtype=self.shift.dtype),)
 
     def bases(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         vh, u = self.vectors()
@@ -140,6 +148,7 @@ class SparseMiddle(Singular, Made):
         gate: a scalar, None for g = 1.
     """
 
+    costly = True
     index: Tensor
     scale = 1.0
     train_a = False

@@ -1,0 +1,128 @@
+"""What the hand-written products keep for backward, and that the orders they are computed in change nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import deltaworks as dw
+from deltaworks.core.operators import decomposed, rotation
+from deltaworks.core.operators.products import in_rows, over_rows
+from tests.methods.toys import attach, net, nudge, part, saved_shapes
+
+COSTLY = {
+    "fourierft": (dw.FourierFT, {"n": 30}),
+    "randlora": (dw.RandLoRA, {"rank": 2}),
+    "svfit": (dw.SVFit, {}),
+    "svft": (dw.SVFT, {"pattern": "banded"}),
+}
+
+
+class Written(nn.Module):
+    """A linear layer whose output the model writes to, or adds to without writing."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.first, self.in_place = nn.Linear(12, 8, bias=False), in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        if self.in_place:
+            y += x[..., :8]
+            return y
+        return y + x[..., :8]
+
+
+def gained(method, in_place: bool, zero: bool, seed: int = 0, **settings) -> tuple[nn.Module, Tensor, dw.Tuned]:
+    torch.manual_seed(seed)
+    model, x = Written(in_place).double(), torch.randn(2, 5, 12, dtype=torch.float64)
+    tuned = attach(model, method, **settings)
+    nudge(tuned, 0.3)
+    if zero:
+        with torch.no_grad():
+            next(p for name, p in model.named_parameters() if name.endswith(("magnitude", ".s")))[2] = 0
+    return model, x, tuned
+
+
+def gradients(model: nn.Module, x: Tensor, tuned: dw.Tuned) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    (model(x).square() * torch.arange(8)).sum().backward()
+    return [x.grad, *(parameter.grad for parameter in tuned.parameters())]
+
+
+@pytest.mark.parametrize("zero", [False, True], ids=["gains", "a gain of zero"])
+@pytest.mark.parametrize("in_place", [False, True], ids=["read", "written to"])
+@pytest.mark.parametrize("method", [dw.DoRA, dw.BOFT])
+def test_gradients_of_gains_from_the_kept_output(monkeypatch, method, in_place: bool, zero: bool) -> None:
+    settings = {"rank": 2} if method is dw.DoRA else {"block": 4}
+    found = gradients(*gained(method, in_place, zero, **settings))
+    for module in (decomposed, rotation):
+        monkeypatch.setattr(module, "plain", lambda *_: False)
+    expected = gradients(*gained(method, False, zero, **settings))
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("method", [dw.DoRA, dw.BOFT])
+def test_an_output_that_is_kept_anyway_takes_no_memory_twice(method) -> None:
+    model, x, _ = gained(method, False, False, **({"rank": 2} if method is dw.DoRA else {"block": 4}))
+    places: dict[int, tuple[int, ...]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        places[tensor.untyped_storage().data_ptr()] = tuple(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = torch.sigmoid(model.first(x.requires_grad_()))  # keeps its result, not the output it reads
+        assert sum(shape[-1] == 8 and len(shape) == 3 for shape in places.values()) == 2
+        places.clear()
+        nn.functional.silu(model.first(x))  # keeps what it reads
+        assert sum(shape[-1] == 8 and len(shape) == 3 for shape in places.values()) == 1
+    assert kept.shape == (2, 5, 8)
+
+
+@pytest.mark.parametrize("slug", COSTLY)
+def test_a_costly_weight_is_kept_where_the_input_is_twice_as_large(slug: str) -> None:
+    method, settings = COSTLY[slug]
+    model, x = net(16, 16, 6)
+    tuned = attach(model, method, **settings)
+    nudge(tuned)
+    delta, weight = part(tuned), model.first.weight
+    delta.prefers_side = lambda *_: False
+    for repeat, kept in ((1, False), (4, True)):
+        many = x.repeat(repeat, 1, 1).requires_grad_()
+        assert ((16, 16) in saved_shapes(lambda many=many: model.first(many))) == kept
+        found = torch.autograd.grad(model.first(many).square().sum(), [many, *delta.parameters()])
+        whole = nn.functional.linear(many, delta.fold(weight.detach()), model.first.bias)
+        expected = torch.autograd.grad(whole.square().sum(), [many, *delta.parameters()])
+        assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(found, expected, strict=True))
+    assert (16, 16) not in saved_shapes(lambda: model.first(many.detach()))  # whose gradient nobody wants
+
+
+@pytest.mark.parametrize("rows", [1536, 1601])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_products_over_rows_whatever_the_order(rows: int, dtype: torch.dtype) -> None:
+    wide = torch.randn(rows, 300).to(dtype)
+    for a in (wide, wide[:, 20:280]):
+        b = torch.randn(rows, 1024).to(dtype)
+        expected = a.double().T @ b.double()
+        assert torch.allclose(over_rows(a, b).double(), expected, rtol=1e-2, atol=1e-1)
+        assert over_rows(a, b).dtype == dtype
+
+
+def test_a_transpose_is_put_into_the_order_of_its_rows() -> None:
+    matrix = torch.randn(700, 523).to(torch.bfloat16)
+    assert torch.equal(in_rows(matrix.T), matrix.T) and in_rows(matrix.T).is_contiguous()
+    for as_it_is in (matrix, matrix[:, :100].T, matrix.float().T, torch.randn(8, 600).to(torch.bfloat16).T):
+        assert in_rows(as_it_is) is as_it_is
+
+
+def test_singular_vectors_have_the_precision_of_the_weight() -> None:
+    for dtype in (torch.bfloat16, torch.float64):
+        layer = nn.Sequential(nn.Linear(12, 8)).to(dtype)
+        tuned = attach(layer, dw.SVFit)
+        (delta,) = tuned.parts()
+        assert delta.u.dtype == delta.vh.dtype == dtype
+        assert (delta.u.double().T @ delta.u.double() - torch.eye(8)).abs().max() < (
+            2e-2 if dtype.itemsize == 2 else 1e-9
+        )
