@@ -49,7 +49,7 @@ def test_a_switch_leaves_the_function_and_puts_the_vector_back_into_the_pool() -
     assert torch.allclose(model(x), expected, atol=1e-6)
     delta, side = part(tuned), rule.sides["first.weight.a"]
     assert not torch.equal(delta.a, before)
-    kept = {tuple(row) for row in side["pool"].tolist()}
+    kept = {tuple(row.float().tolist()) for row in side["pool"].values()}
     active = {tuple(row.float().tolist()) for row in delta.a}
     assert {tuple(row.float().tolist()) for row in before} <= kept | active
     assert len(set(side["slots"])) == 3 and sum(s for _, s in rules.run.history["switchlora.switched"]) > 8

@@ -6,7 +6,8 @@ vector is multiplied by keeps still for `still` steps, its Adam moments and step
 rate of rank / interval a step and layer, the interval growing from `interval` by 1 / 0.3 within `decay` of the run.
 The base itself is untouched: S stands beside it in full precision, `in * out` values a layer, as the switches' sum has
 full rank. The rule makes the Adam step, since every row has a step count of its own; learning rate, betas and decay are
-those of the run's optimizer, which keeps no state for these tensors. Pools live on the CPU and go when training ends.
+those of the run's optimizer, which keeps no state for these tensors. Pools live on the CPU, hold what came back from
+use (a candidate is drawn when its turn comes first), and go when training ends.
 Use it to pre-train, or to fine-tune at length, with a low-rank optimizer state; `also=` trains embeddings, norms, head.
 """
 
@@ -78,8 +79,9 @@ class Switching(Rule):
     Both factors are held as `... rank x width` here, B as its transpose.
 
     Attributes:
-        sides: by factor's name: `pool` (`... candidates x width`, CPU), `slots` (where each vector belongs in it),
-            `next` (pool's and factor's pointers), and Adam's state, vector by vector.
+        sides: by factor's name: `pool` (slot to vector, `... width`, CPU; missing ones are still to be drawn, up to
+            `bound`), `slots` (where each vector in use belongs in it), `next` (pool's and factor's pointers), and
+            Adam's state, vector by vector.
     """
 
     memory = ("sides", "generator")
@@ -96,9 +98,10 @@ class Switching(Rule):
             fan_in, fan_out = factors["a"].shape[-1], factors["b"].shape[-1]
             rank, size = factors["a"].shape[-2], min(fan_in, fan_out)
             for (key, factor), bound in zip(factors.items(), bounds(fan_in, fan_out, rank), strict=False):
-                shape = (*factor.shape[:-2], size, factor.shape[-1])
                 self.sides[f"{name}.{key}"] = {
-                    "pool": torch.rand(shape, generator=self.generator, device="cpu") * 2 * bound - bound,
+                    "pool": {},
+                    "size": size,
+                    "bound": bound,
                     "slots": list(range(size - rank, size)),
                     "next": [0, 0 if key == "a" else rank // 2],
                     **row_adam.fresh(factor),
@@ -126,7 +129,7 @@ class Switching(Rule):
     def _switch(self, name: str, partner: str, factors: dict[str, Tensor], part: Any, run: Run) -> int:
         """Exchange vectors of one factor while the other's stand still; how many."""
         side, other, key = self.sides[name], self.sides[partner], name[-1]
-        rank, size = len(side["slots"]), side["pool"].shape[-2]
+        rank, size = len(side["slots"]), side["size"]
         expected = self.rate(rank, run)
         wanted = int(expected) + int(float(torch.rand((), generator=self.generator)) < expected - int(expected))
         candidate, first = side["next"]
@@ -137,8 +140,9 @@ class Switching(Rule):
             rows.append(k)
         for k in rows:
             vector, old = factors[key][..., k, :], factors[key][..., k, :].clone()
-            side["pool"][..., side["slots"][k], :] = old.to(side["pool"])
-            vector.copy_(side["pool"][..., candidate, :])
+            side["pool"][side["slots"][k]] = old.cpu()
+            fresh = side["pool"].pop(candidate, None)
+            vector.copy_(self._drawn(old.shape, side["bound"]) if fresh is None else fresh)
             side["slots"][k], candidate = candidate, (candidate + 1) % size
             held, change = factors[partner[-1]][..., k, :], old - vector
             left, right = (held, change) if key == "a" else (change, held)
@@ -146,6 +150,9 @@ class Switching(Rule):
             row_adam.rest(other, k, self.method.still)
         side["next"] = [candidate, (first + len(rows)) % rank]
         return len(rows)
+
+    def _drawn(self, shape: torch.Size, bound: float) -> Tensor:
+        return torch.rand(shape, generator=self.generator, device="cpu") * 2 * bound - bound
 
     def finished(self, run: Run) -> None:
         self.sides = {}
