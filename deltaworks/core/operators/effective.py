@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ...model.weights import Weight, is_ordinary
 from ..part import Delta, trainable
+from .low_rank import base_product
 from .products import over_rows
 
 
@@ -103,7 +104,7 @@ class _EffectiveLinear(torch.autograd.Function):
         weight, trains = weight.to(x.dtype), any(ctx.needs_input_grad[4:])
         lasts = delta is not None and delta.costly and trains and 2 * weight.numel() <= x.numel()
         ctx.save_for_backward(x if trains else None, weight if lasts and ctx.needs_input_grad[0] else None)
-        return nn.functional.linear(x, weight, bias)
+        return base_product(x, weight, bias)[0]
 
     @staticmethod
     @once_differentiable
