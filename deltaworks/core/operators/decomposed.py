@@ -17,7 +17,7 @@ from ...model.weights import Weight
 from ..part import Delta
 from .low_rank import add_back, base_product, branch_input, dropped, kept, narrow_gradient, plain
 from .made import constant
-from .output import as_returned, gain_gradient, kept_output
+from .output import as_returned, gain_gradient, kept_output, serves
 
 
 class Decomposed(Delta):
@@ -98,7 +98,7 @@ def _nonzero(norms: Tensor) -> Tensor:
 class _TurnedLinear(torch.autograd.Function):
     """`diag(m / c) (x W^T + scale ((kept x) A^T) B^T) + bias`; keeps x (for A), x A^T (for B), and for m the output.
 
-    With a bias, which would have to be taken off again, it keeps the bracket in the output's place.
+    Where the output does not serve (see `output.serves`) it keeps the bracket in its place.
     """
 
     @staticmethod
@@ -119,13 +119,10 @@ class _TurnedLinear(torch.autograd.Function):
         rows.addmm_(z, b.to(x.dtype).T, alpha=scale)
         gain = (magnitude / norms).to(x.dtype)
         ctx.scale = scale
-        direction = out = None
-        if bias is None:
-            rows.mul_(gain)
+        direction, out = None if serves(x, bias) else rows.clone(), None
+        rows.mul_(gain) if bias is None else torch.addcmul(bias.to(x.dtype), rows, gain, out=rows)
+        if direction is None:
             out = kept_output(ctx, y)
-        else:
-            direction = rows.clone()
-            torch.addcmul(bias.to(x.dtype), rows, gain, out=rows)
         ctx.save_for_backward(x, survive, z, direction, out, weight, a, b, magnitude, norms)
         return y
 

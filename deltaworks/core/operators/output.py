@@ -11,6 +11,14 @@ from typing import Any
 from torch import Tensor
 
 
+def serves(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether the output of a layer that reads `x` tells what stood before its gain.
+
+    A bias would have to be taken off again, and a gain of zero hides it: to ask for that would hold up a GPU.
+    """
+    return bias is None and x.device.type == "cpu"
+
+
 def kept_output(ctx: Any, y: Tensor) -> Tensor:
     """What a function that returns `y` hands to `save_for_backward`; `as_returned` tells whether it still holds."""
     ctx.writes = y.detach()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .low_rank import base_product
-from .output import as_returned, gain_gradient, kept_output
+from .output import as_returned, gain_gradient, kept_output, serves
 
 WORTHWHILE = 32
 """Side of a block from which on products of single blocks are fast."""
@@ -56,7 +56,7 @@ def turned_linear(x: Tensor, weight: Tensor, bias: Tensor | None, r: Tensor, s: 
 
 
 class _TurnedLinear(torch.autograd.Function):
-    """Keeps x (for R) and, for s, the output; with a bias the product that s scales instead."""
+    """Keeps x (for R) and, for s, the output, or where that does not serve (`output.serves`) the product it scales."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, r: Tensor, s: Tensor | None) -> Tensor:
@@ -66,13 +66,12 @@ class _TurnedLinear(torch.autograd.Function):
             ctx.save_for_backward(kept, weight, r, s, None, None)
             return base_product(turned, weight, bias)[0]
         y, rows = base_product(turned, weight, None)
-        plain = out = None
-        if bias is None:
-            rows.mul_(s.to(x.dtype))
-            out = kept_output(ctx, y) if ctx.needs_input_grad[4] else None
-        else:
-            plain = rows.clone() if ctx.needs_input_grad[4] else None
-            torch.addcmul(bias, rows, s.to(x.dtype), out=rows)
+        trains, plain, out = ctx.needs_input_grad[4], None, None
+        if trains and not serves(x, bias):
+            plain = rows.clone()
+        rows.mul_(s.to(x.dtype)) if bias is None else torch.addcmul(bias, rows, s.to(x.dtype), out=rows)
+        if trains and plain is None:
+            out = kept_output(ctx, y)
         ctx.save_for_backward(kept, weight, r, s, plain, out)
         return y
 
