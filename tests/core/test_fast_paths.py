@@ -126,3 +126,21 @@ def test_singular_vectors_have_the_precision_of_the_weight() -> None:
         assert (delta.u.double().T @ delta.u.double() - torch.eye(8)).abs().max() < (
             2e-2 if dtype.itemsize == 2 else 1e-9
         )
+
+
+@pytest.mark.parametrize("sizes", [(300, 1100), (1100, 300)])
+@pytest.mark.parametrize("slug", [*COSTLY, "glora"])
+def test_gradients_of_built_weights_from_many_rows_of_half_precision(slug: str, sizes: tuple[int, int]) -> None:
+    method, settings = (COSTLY | {"glora": (dw.GLoRA, {"rank": 2})})[slug]
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(*sizes, bias=False)).bfloat16()
+    tuned = attach(layer, method, **settings)
+    nudge(tuned, 0.02)
+    delta = next(delta for delta in tuned.parts() if delta.site.parameter == "weight")
+    delta.prefers_side = lambda *_: False
+    x = torch.randn(1600, sizes[0]).bfloat16().requires_grad_()
+    g = torch.randn(1600, sizes[1]).bfloat16()
+    found = torch.autograd.grad(layer(x), [x, *delta.parameters()], g)
+    whole = nn.functional.linear(x.float(), delta.fold(layer[0].weight.detach().float()))
+    expected = torch.autograd.grad(whole, [x, *delta.parameters()], g.float())
+    assert all((a.float() - b.float()).norm() < 0.01 * b.float().norm() for a, b in zip(found, expected, strict=True))

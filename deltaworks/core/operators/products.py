@@ -7,12 +7,19 @@ from torch import Tensor
 TILE, STRIP = 32, 512
 
 
-def over_rows(a: Tensor, b: Tensor) -> Tensor:
+def over_rows(a: Tensor, b: Tensor, *, any_order: bool = False) -> Tensor:
     """`a^T b`, such as a weight's gradient from `tokens x out` and `tokens x in`.
 
     CPUs with matrix units multiply half precision fast where the first factor's rows lie in one piece. Left to turn it
     on their own they take about twice the time, most of it for that.
+
+    Args:
+        a: `rows x p`.
+        b: `rows x q`.
+        any_order: whether the product may come as the transpose of `b^T a`, column by column.
     """
+    if any_order and a.shape[1] > b.shape[1]:
+        return over_rows(b, a).T
     long, wide = len(a) >= 1536 and b.shape[1] >= 1024, a.shape[1] >= 256  # as measured
     if long and wide and a.device.type == "cpu" and a.dtype.itemsize == 2:
         return _across(a) @ b

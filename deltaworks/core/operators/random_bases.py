@@ -70,7 +70,7 @@ class RandomMixture(Made):
         dropout: probability of zeroing an input feature of the branch in training.
     """
 
-    costly = True
+    costly = any_order = True
     settings: ClassVar[tuple[str, ...]] = ("fan_out", "fan_in", "scale", "dropout")
     borrowed: ClassVar[tuple[str, ...]] = ("bases",)
 

@@ -54,7 +54,7 @@ class Singular(Delta):
         if self.u is not None and self.vh is not None:
             # What they give is added to the weight, so they need no more than its precision; two lie about a layer.
             dtype = weight.matrix().dtype
-            self.u, self.vh = self.u.to(dtype).contiguous(), self.vh.to(dtype).contiguous()
+            self.u, self.vh = self.u.to(dtype).contiguous(), self.vh.mT.to(dtype).contiguous().mT
 
     def _find(self, dense: Tensor, where: str) -> None:
         if dense.is_meta:
@@ -99,7 +99,7 @@ class SpectrumShift(Singular, Scaled, Built):
         prints, fan_out, fan_in: see `Singular`.
     """
 
-    costly = True
+    costly = any_order = True
     scale = 1.0
 
     def __init__(self, shift: Tensor, prints: Tensor, fan_out: int, fan_in: int) -> None:
@@ -128,7 +128,9 @@ class SpectrumShift(Singular, Scaled, Built):
         if self.u is None:
             return (torch.zeros_like(self.shift),)
         vh, u = self.bases(change.dtype)
-        return ((change @ vh.T).mul_(u).sum(0, dtype=self.shift.dtype),)
+        # The one of two equal sums whose first factor lies row by row, as `vh.T` and `u` do.
+        product = (change @ vh.T).mul_(u) if change.is_contiguous() else (change.T @ u).mul_(vh.T)
+        return (product.sum(0, dtype=self.shift.dtype),)
 
     def bases(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         vh, u = self.vectors()

@@ -32,7 +32,7 @@ class Spectral(Scaled, Built):
         scale: multiplies the transform.
     """
 
-    costly = True
+    costly = any_order = True
     settings: ClassVar[tuple[str, ...]] = ("fan_out", "fan_in", "scale")
     entries: Tensor
 
@@ -85,11 +85,12 @@ class Spectral(Scaled, Built):
             return torch.autograd.grad(made, (self.c,), change.to(made.dtype))
         with torch.enable_grad():
             sums = self._sums(change, self.c)
-        found = []
+        found, turned = [], not change.is_contiguous()
+        change = change.T if turned else change
         waves = _half_waves(self._narrow, change.dtype, change.device)
         for wave, half, sign in zip(waves, _folded(change, 0, 1, -1), (1, -1), strict=True):
             (quarter,) = _folded(half, 1, sign)
-            found.append(wave @ (quarter if self._rows_narrower else quarter.T))
+            found.append(wave @ (quarter if self._rows_narrower != turned else quarter.T))
         (gradient,) = torch.autograd.grad(sums, self.c, found)
         return (gradient.mul_(self.scale / (self.fan_out * self.fan_in)),)
 
