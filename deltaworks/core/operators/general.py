@@ -109,21 +109,24 @@ class WeightTerms(Terms, Built):
         return (weight.to(wide) + self._change(weight.to(wide), self.kinds)).to(weight.dtype)
 
     def built(self, weight: Tensor) -> Tensor:
-        made = weight.clone()
-        for name, sort in self.kinds.items():
-            if sort == "none":
-                continue
-            down, up = self._pair(name, weight.dtype)
-            if sort == "lora" and name == "b":
-                assert up is not None
-                made.addmm_(down, up)
-                continue
-            value = down[:, :1] if sort == "vector" else down[:1, :1]
-            if sort == "lora":
-                assert up is not None
-                value = down @ up
-            made.add_(value) if name == "b" else made.addcmul_(weight, value)
-        return made
+        made = None
+        if self.kinds["a"] != "none":
+            factor = self._value("a", weight.dtype)
+            made = torch.addcmul(weight, weight, factor, out=factor if self.kinds["a"] == "lora" else None)
+        made = weight.clone() if made is None else made
+        if self.kinds["b"] == "lora":
+            down, up = self._pair("b", weight.dtype)
+            assert up is not None
+            return made.addmm_(down, up)
+        return made if self.kinds["b"] == "none" else made.add_(self._value("b", weight.dtype))
+
+    def _value(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A term, or what broadcasts to it; a new tensor if it is "lora"."""
+        down, up = self._pair(name, dtype)
+        if self.kinds[name] == "lora":
+            assert up is not None
+            return down @ up
+        return down[:, :1] if self.kinds[name] == "vector" else down[:1, :1]
 
     def pulled(self, weight: Tensor, change: Tensor) -> tuple[Tensor | None, ...]:
         found: dict[str, Tensor] = {}
