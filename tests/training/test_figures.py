@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
 import re
+import sys
 from typing import Any
 from xml.etree import ElementTree
 
@@ -16,7 +19,7 @@ from deltaworks.data.collate import ChoiceCollator
 from deltaworks.data.packing import padding_collator
 from deltaworks.training import report
 from deltaworks.training.evaluation import batches, by_length, merit
-from deltaworks.training.memory import PeakMemory
+from deltaworks.training.memory import PeakMemory, _resident, keeping_freed
 
 
 def test_rows_of_like_length_are_evaluated_together_and_none_twice() -> None:
@@ -110,6 +113,28 @@ def test_peak_memory_sees_what_was_given_back() -> None:
     assert peak > 50e6, "64 MB were held for a moment"
     memory.forget()
     assert memory.bytes() < peak - 40e6
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library than glibc"
+)
+def test_memory_freed_on_a_cpu_is_kept_for_the_next_step_and_given_back_at_the_end(monkeypatch) -> None:
+    for name in [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]:
+        monkeypatch.delenv(name)
+
+    def use() -> int:
+        pieces = [torch.ones(1 << 20) for _ in range(50)]
+        del pieces
+        return _resident("VmRSS") or 0
+
+    with pytest.raises(KeyError), keeping_freed("cpu"):
+        inside = use()
+        raise KeyError
+    assert (_resident("VmRSS") or 0) < inside - 100e6
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000")
+    for device in ("cpu", "cuda"):
+        with keeping_freed(device):  # told otherwise, or no concern of the C library
+            pass
 
 
 PICTURES = {
