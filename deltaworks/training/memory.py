@@ -51,7 +51,7 @@ def keeping_freed(device: torch.device | str) -> Iterator[None]:
     """Let a process that trains on a CPU keep what it frees, until the end.
 
     A step frees what the next one needs again. By default the C library gives large pieces back to the system, which
-    then has to clear them anew, page by page: up to a tenth of a small base's step. Another C library than glibc, and
+    then has to clear them anew, page by page: some per cent of a small base's step. Another C library than glibc, and
     one that the environment sets up, are left as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
