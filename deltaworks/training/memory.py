@@ -54,19 +54,20 @@ def keeping_freed(device: torch.device | str) -> Iterator[None]:
     then has to clear them anew, page by page: some per cent of a small base's step. Another C library than glibc, and
     one that the environment sets up, are left as they are.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     told = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
-    if mallopt is None or told or torch.device(device).type != "cpu":
+    ours = sys.platform == "linux" and torch.device(device).type == "cpu" and not told
+    library = ctypes.CDLL(None) if ours else None
+    if library is None or not hasattr(library, "mallopt"):
         yield
         return
     try:
         for option, value in _GENEROUS.items():
-            mallopt(option, value)
+            library.mallopt(option, value)
         yield
     finally:
         for option, value in _USUAL.items():
-            mallopt(option, value)
-        ctypes.CDLL(None).malloc_trim(0)
+            library.mallopt(option, value)
+        library.malloc_trim(0)
 
 
 def _resident(entry: str) -> int | None:
