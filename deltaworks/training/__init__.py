@@ -1,7 +1,7 @@
 """Training: runs that stop safely, in `transformers.Trainer`, in TRL's trainers, and behind `deltaworks tune`.
 
-trainer = dw.training.wrap(SFTTrainer)(model, args, train_dataset=data, processing_class=tokenizer)
-result = dw.training.tune(dw.training.Recipe(base="nursery:decoder", data="nursery:docstrings"))
+    trainer = dw.training.wrap(SFTTrainer)(model, args, train_dataset=data, processing_class=tokenizer)
+    result = dw.training.tune(dw.training.Recipe(base="nursery:decoder", data="nursery:docstrings"))
 """
 
 from .callback import DeltaworksCallback

@@ -23,7 +23,10 @@ ARGUMENTS: dict[str, Any] = {
 }  # fmt: skip
 COMPLETIONS = Dataset.from_list([{"prompt": words(3, i), "completion": " " + words(4, 100 + i)} for i in range(8)])
 PREFERENCES = Dataset.from_list(
-    [{"prompt": words(3, i), "chosen": " " + words(4, 100 + i), "rejected": " " + words(4, 200 + i)} for i in range(8)]
+    [
+        {"prompt": words(3, i), "chosen": " " + words(4, 100 + i), "rejected": " " + words(4, 200 + i)}
+        for i in range(8)
+    ]
 )
 
 
