@@ -79,9 +79,9 @@ class Switching(Rule):
     Both factors are held as `... rank x width` here, B as its transpose.
 
     Attributes:
-        sides: by factor's name: `pool` (slot to vector, `... width`, CPU; missing ones are still to be drawn, up to
-            `bound`), `slots` (where each vector in use belongs in it), `next` (pool's and factor's pointers), and
-            Adam's state, vector by vector.
+        sides: by factor's name: `pool` (slot to vector, `... width`, CPU; missing ones are still to be drawn), `slots`
+            (where each vector in use belongs in it), `next` (pool's and factor's pointers), and Adam's state, vector by
+            vector.
     """
 
     memory = ("sides", "generator")
@@ -95,13 +95,10 @@ class Switching(Rule):
         self.generator.manual_seed(run.seed * 1_000_003 + self.method.seed)
         self.sides = {}
         for name, factors in ((name, vectors(part)) for name, part in run.tuned.of_kind(Shifted)):
-            fan_in, fan_out = factors["a"].shape[-1], factors["b"].shape[-1]
-            rank, size = factors["a"].shape[-2], min(fan_in, fan_out)
-            for (key, factor), bound in zip(factors.items(), bounds(fan_in, fan_out, rank), strict=False):
+            rank, size = factors["a"].shape[-2], min(factor.shape[-1] for factor in factors.values())
+            for key, factor in factors.items():
                 self.sides[f"{name}.{key}"] = {
                     "pool": {},
-                    "size": size,
-                    "bound": bound,
                     "slots": list(range(size - rank, size)),
                     "next": [0, 0 if key == "a" else rank // 2],
                     **row_adam.fresh(factor),
@@ -129,7 +126,8 @@ class Switching(Rule):
     def _switch(self, name: str, partner: str, factors: dict[str, Tensor], part: Any, run: Run) -> int:
         """Exchange vectors of one factor while the other's stand still; how many."""
         side, other, key = self.sides[name], self.sides[partner], name[-1]
-        rank, size = len(side["slots"]), side["size"]
+        rank, widths = len(side["slots"]), [factor.shape[-1] for factor in factors.values()]
+        bound = dict(zip(factors, bounds(widths[0], widths[1], rank), strict=True))[key]
         expected = self.rate(rank, run)
         wanted = int(expected) + int(float(torch.rand((), generator=self.generator)) < expected - int(expected))
         candidate, first = side["next"]
@@ -142,8 +140,8 @@ class Switching(Rule):
             vector, old = factors[key][..., k, :], factors[key][..., k, :].clone()
             side["pool"][side["slots"][k]] = old.cpu()
             fresh = side["pool"].pop(candidate, None)
-            vector.copy_(self._drawn(old.shape, side["bound"]) if fresh is None else fresh)
-            side["slots"][k], candidate = candidate, (candidate + 1) % size
+            vector.copy_(self._drawn(old.shape, bound) if fresh is None else fresh)
+            side["slots"][k], candidate = candidate, (candidate + 1) % min(widths)
             held, change = factors[partner[-1]][..., k, :], old - vector
             left, right = (held, change) if key == "a" else (change, held)
             part.shift.add_(left.unsqueeze(-1) * right.unsqueeze(-2), alpha=setting(part, "scale"))
