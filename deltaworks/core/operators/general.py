@@ -59,10 +59,7 @@ class Terms(Delta):
         down, up = getattr(self, f"{name}d", None), getattr(self, f"{name}u", None)
         if kind == "none" or down is None:
             return 0.0
-        if kind == "lora":
-            assert up is not None
-            return down @ up
-        return down[:, :1] if kind == "vector" else down[:1, :1]
+        return _matrix(kind, down, up)
 
     def settled(self) -> Terms:
         """The same change by a part that holds no more than its kinds need."""
@@ -77,6 +74,14 @@ class Terms(Delta):
         made = type(self)(**settings, **kept)  # type: ignore[arg-type]
         made.__dict__.update({name: self.__dict__[name] for name in ("bias",) if name in self.__dict__})
         return made
+
+
+def _matrix(kind: str, down: Tensor, up: Tensor | None) -> Tensor:
+    """A term from its tensors, or what broadcasts to it; a new tensor if it is "lora"."""
+    if kind == "lora":
+        assert up is not None
+        return down @ up
+    return down[:, :1] if kind == "vector" else down[:1, :1]
 
 
 class WeightTerms(Terms, Built):
@@ -111,22 +116,15 @@ class WeightTerms(Terms, Built):
     def built(self, weight: Tensor) -> Tensor:
         made = None
         if self.kinds["a"] != "none":
-            factor = self._value("a", weight.dtype)
+            factor = _matrix(self.kinds["a"], *self._pair("a", weight.dtype))
             made = torch.addcmul(weight, weight, factor, out=factor if self.kinds["a"] == "lora" else None)
         made = weight.clone() if made is None else made
-        if self.kinds["b"] == "lora":
-            down, up = self._pair("b", weight.dtype)
-            assert up is not None
+        if self.kinds["b"] == "none":
+            return made
+        down, up = self._pair("b", weight.dtype)
+        if self.kinds["b"] == "lora" and up is not None:
             return made.addmm_(down, up)
-        return made if self.kinds["b"] == "none" else made.add_(self._value("b", weight.dtype))
-
-    def _value(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A term, or what broadcasts to it; a new tensor if it is "lora"."""
-        down, up = self._pair(name, dtype)
-        if self.kinds[name] == "lora":
-            assert up is not None
-            return down @ up
-        return down[:, :1] if self.kinds[name] == "vector" else down[:1, :1]
+        return made.add_(_matrix(self.kinds["b"], down, up))
 
     def pulled(self, weight: Tensor, change: Tensor) -> tuple[Tensor | None, ...]:
         found: dict[str, Tensor] = {}
