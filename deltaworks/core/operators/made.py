@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .effective import Built
 from .low_rank import Factored, add_back, base_product, branch_input, kept, narrow_gradient, plain
-from .products import over_rows
+from .products import in_rows, over_rows
 
 
 class Made(Factored, Built):
@@ -42,7 +42,7 @@ class Made(Factored, Built):
 
     def built(self, weight: Tensor) -> Tensor:
         a, b = self.made(weight.dtype, *(source.detach() for source in self.sources()))
-        return torch.addmm(weight, b, a, alpha=self.scale)
+        return torch.addmm(weight, in_rows(b), a, alpha=self.scale)
 
     def pulled(self, weight: Tensor, change: Tensor) -> tuple[Tensor | None, ...]:
         with torch.enable_grad():

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ...model.weights import Weight
 from ..part import Shared
 from .made import Made, constant
-from .products import in_rows
 
 
 class RandomBases(Shared):
@@ -127,10 +126,6 @@ class RandomMixture(Made):
     def dense(self) -> Tensor:
         a, b = self.factors()
         return self.scale * (b @ a)
-
-    def built(self, weight: Tensor) -> Tensor:
-        a, b = self.made(weight.dtype, self.lam.detach(), self.gamma.detach())
-        return torch.addmm(weight, in_rows(b), a, alpha=self.scale)
 
     def pulled(self, weight: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
         lam, gamma = self.lam.detach().to(change.dtype), self.gamma.detach().to(change.dtype)
