@@ -53,7 +53,7 @@ class Singular(Delta):
             self._find(weight.dense(), weight.path or "a weight")
         if self.u is not None and self.vh is not None:
             # What they give is added to the weight, so they need no more than its precision; two lie about a layer.
-            dtype = weight.matrix().dtype
+            dtype = weight.dtype
             self.u, self.vh = self.u.to(dtype).contiguous(), self.vh.mT.to(dtype).contiguous().mT
 
     def _find(self, dense: Tensor, where: str) -> None:
