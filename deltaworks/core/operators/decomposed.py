@@ -17,7 +17,7 @@ from ...model.weights import Weight
 from ..part import Delta
 from .low_rank import add_back, base_product, branch_input, dropped, kept, narrow_gradient, plain
 from .made import constant
-from .output import as_returned, gain_gradient, kept_output, serves
+from .output import gain_gradient, gained
 
 
 class Decomposed(Delta):
@@ -98,7 +98,7 @@ def _nonzero(norms: Tensor) -> Tensor:
 class _TurnedLinear(torch.autograd.Function):
     """`diag(m / c) (x W^T + scale ((kept x) A^T) B^T) + bias`; keeps x (for A), x A^T (for B), and for m the output.
 
-    Where the output does not serve (see `output.serves`) it keeps the bracket in its place.
+    Where the output does not tell (see `gained`) it keeps the bracket in its place.
     """
 
     @staticmethod
@@ -117,12 +117,8 @@ class _TurnedLinear(torch.autograd.Function):
         z = branch_input(x, survive) @ a.to(x.dtype).T
         y, rows = base_product(x, weight, None)
         rows.addmm_(z, b.to(x.dtype).T, alpha=scale)
-        gain = (magnitude / norms).to(x.dtype)
         ctx.scale = scale
-        direction, out = None if serves(x, bias) else rows.clone(), None
-        rows.mul_(gain) if bias is None else torch.addcmul(bias.to(x.dtype), rows, gain, out=rows)
-        if direction is None:
-            out = kept_output(ctx, y)
+        direction, out = gained(ctx, y, (magnitude / norms).to(x.dtype), bias)
         ctx.save_for_backward(x, survive, z, direction, out, weight, a, b, magnitude, norms)
         return y
 
@@ -130,12 +126,12 @@ class _TurnedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, survive, z, direction, out, weight, a, b, magnitude, norms = ctx.saved_tensors
-        dm = None
-        if out is not None and as_returned(ctx):
-            dm = gain_gradient(gradients[0].flatten(0, -2), out.flatten(0, -2), magnitude)
-        if dm is None and direction is None:
-            direction = torch.mm(x.reshape(-1, x.shape[-1]), weight.T).addmm_(z, b.to(x.dtype).T, alpha=ctx.scale)
-        g, dm, gz, da, db = _turned_gradients(ctx, gradients[0], x, survive, z, direction, dm, a, b, magnitude, norms)
+        dm = gain_gradient(ctx, gradients[0], out, magnitude)
+        if dm is None:
+            if direction is None:
+                direction = torch.mm(x.reshape(-1, x.shape[-1]), weight.T).addmm_(z, b.to(x.dtype).T, alpha=ctx.scale)
+            dm = _magnitude_gradient(gradients[0], direction, magnitude, norms)
+        g, gz, da, db = _turned_gradients(ctx, gradients[0], x, survive, z, a, b, magnitude, norms)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = add_back(g @ weight, gz, a.to(g.dtype), ctx.scale, survive).view(x.shape)
@@ -149,24 +145,24 @@ def _turned_gradients(
     x: Tensor,
     survive: Tensor | None,
     z: Tensor,
-    direction: Tensor | None,
-    dm: Tensor | None,
     a: Tensor,
     b: Tensor,
     magnitude: Tensor,
     norms: Tensor,
 ) -> tuple[Tensor, ...]:
-    """The gradient of the bracket, dm (made of the bracket unless known), the first times B (without the scale), dA
-    and dB."""
+    """The gradient of the bracket, the same times B (without the scale), dA and dB."""
     g = gradient.reshape(-1, gradient.shape[-1])
-    if dm is None:
-        assert direction is not None
-        dm = ((g * direction).sum(0).to(norms.dtype) / norms).to(magnitude.dtype)
     g = g * (magnitude / norms).to(g.dtype)
     gz = g @ b.to(g.dtype)
     da = narrow_gradient(gz, branch_input(x, survive), ctx.scale, a.dtype)
     db = narrow_gradient(z, g, ctx.scale, b.dtype).T
-    return g, dm, gz, da, db
+    return g, gz, da, db
+
+
+def _magnitude_gradient(gradient: Tensor, direction: Tensor, magnitude: Tensor, norms: Tensor) -> Tensor:
+    """dm from the bracket, `tokens x out`."""
+    sums = (gradient.reshape(direction.shape) * direction).sum(0)
+    return (sums.to(norms.dtype) / norms).to(magnitude.dtype)
 
 
 class _Turn(torch.autograd.Function):
@@ -200,7 +196,8 @@ class _Turn(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, survive, z, direction, a, b, magnitude, norms = ctx.saved_tensors
-        g, dm, gz, da, db = _turned_gradients(ctx, gradients[0], x, survive, z, direction, None, a, b, magnitude, norms)
+        dm = _magnitude_gradient(gradients[0], direction, magnitude, norms)
+        g, gz, da, db = _turned_gradients(ctx, gradients[0], x, survive, z, a, b, magnitude, norms)
         dx = None
         if ctx.needs_input_grad[1]:
             dx = (gz @ a.to(g.dtype)).mul_(ctx.scale).view(x.shape)

@@ -8,38 +8,48 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
-def serves(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether the output of a layer that reads `x` tells what stood before its gain.
+def gained(ctx: Any, y: Tensor, gain: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Turn `y` into `gain y + bias` in place, in a function that returns it.
 
-    A bias would have to be taken off again, and a gain of zero hides it: to ask for that would hold up a GPU.
+    Args:
+        ctx: the function's; `gain_gradient` wants the same.
+        y: `... x out`.
+        gain: `out`, in y's dtype.
+        bias: `out`, or None.
+
+    Returns:
+        a copy of what the gain met (`rows x out`) and y itself, for `save_for_backward`; one of them is None. The copy
+        where y does not tell: a bias would have to be taken off again; and a gain of zero hides it, but to ask for one
+        holds up a GPU.
     """
-    return bias is None and x.device.type == "cpu"
-
-
-def kept_output(ctx: Any, y: Tensor) -> Tensor:
-    """What a function that returns `y` hands to `save_for_backward`; `as_returned` tells whether it still holds."""
+    rows = y.view(-1, len(gain))
+    if bias is not None or y.device.type != "cpu":
+        before = rows.clone()
+        rows.mul_(gain) if bias is None else torch.addcmul(bias.to(y.dtype), before, gain, out=rows)
+        return before, None
+    rows.mul_(gain)
     ctx.writes = y.detach()
     ctx.writes.data = y.new_empty(0)  # shares y's count of writes, and none of its memory
     ctx.written = ctx.writes._version
-    return y.data  # with a count of its own, or autograd would refuse to hand it out after a write
+    return None, y.data  # with a count of its own, or autograd would refuse to hand it out after a write
 
 
-def as_returned(ctx: Any) -> bool:
-    """Whether nothing was written to the output since."""
-    return ctx.writes._version == ctx.written
-
-
-def gain_gradient(g: Tensor, y: Tensor, gain: Tensor) -> Tensor | None:
-    """The gradient of a gain, `y = gain * z`, from z's product with it; None where a gain of zero hides z.
+def gain_gradient(ctx: Any, g: Tensor, y: Tensor | None, gain: Tensor) -> Tensor | None:
+    """The gradient of the gain from what was kept of `gained`'s output.
 
     Args:
-        g: gradient of y, `tokens x out`.
-        y: `tokens x out`.
+        ctx: as for `gained`.
+        g: gradient of y, `... x out`.
+        y: the output, or None where it was not kept.
         gain: `out`.
+
+    Returns:
+        `out`; None where the output does not tell: not kept, written to since, or under a gain of zero.
     """
-    if bool((gain == 0).any()):
+    if y is None or ctx.writes._version != ctx.written or bool((gain == 0).any()):
         return None
-    return (g * y).sum(0).to(gain.dtype) / gain
+    return (g * y).reshape(-1, len(gain)).sum(0).to(gain.dtype) / gain

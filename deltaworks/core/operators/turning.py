@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .low_rank import base_product
-from .output import as_returned, gain_gradient, kept_output, serves
+from .output import gain_gradient, gained
 
 WORTHWHILE = 32
 """Side of a block from which on products of single blocks are fast."""
@@ -56,7 +56,7 @@ def turned_linear(x: Tensor, weight: Tensor, bias: Tensor | None, r: Tensor, s: 
 
 
 class _TurnedLinear(torch.autograd.Function):
-    """Keeps x (for R) and, for s, the output, or where that does not serve (`output.serves`) the product it scales."""
+    """Keeps x (for R) and, for s, the output, or where that does not tell (`gained`) the product it scales."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, r: Tensor, s: Tensor | None) -> Tensor:
@@ -65,14 +65,9 @@ class _TurnedLinear(torch.autograd.Function):
         if s is None:
             ctx.save_for_backward(kept, weight, r, s, None, None)
             return base_product(turned, weight, bias)[0]
-        y, rows = base_product(turned, weight, None)
-        trains, plain, out = ctx.needs_input_grad[4], None, None
-        if trains and not serves(x, bias):
-            plain = rows.clone()
-        rows.mul_(s.to(x.dtype)) if bias is None else torch.addcmul(bias, rows, s.to(x.dtype), out=rows)
-        if trains and plain is None:
-            out = kept_output(ctx, y)
-        ctx.save_for_backward(kept, weight, r, s, plain, out)
+        y, _ = base_product(turned, weight, None)
+        plain, out = gained(ctx, y, s.to(x.dtype), bias)
+        ctx.save_for_backward(kept, weight, r, s, *((plain, out) if ctx.needs_input_grad[4] else (None, None)))
         return y
 
     @staticmethod
@@ -82,11 +77,11 @@ class _TurnedLinear(torch.autograd.Function):
         g = gradients[0].reshape(-1, gradients[0].shape[-1])
         ds = dr = dx = None
         if s is not None:
-            if out is not None and as_returned(ctx):
-                ds = gain_gradient(g, out.flatten(0, -2), s)
-            if ctx.needs_input_grad[4] and ds is None:
-                plain = _turned(x, r).reshape(-1, x.shape[-1]) @ weight.T if plain is None else plain
-                ds = (plain * g).sum(0).to(s.dtype)
+            if ctx.needs_input_grad[4]:
+                ds = gain_gradient(ctx, gradients[0], out, s)
+                if ds is None:
+                    plain = _turned(x, r).reshape(-1, x.shape[-1]) @ weight.T if plain is None else plain
+                    ds = (plain * g).sum(0).to(s.dtype)
             g = g * s.to(g.dtype)
         pulled = g @ weight
         b = r.shape[-1]
