@@ -5,8 +5,9 @@
 """
 
 from .callback import DeltaworksCallback
+from .memory import keeping_freed
 from .mixin import DeltaworksMixin, wrap
 from .recipe import Recipe
 from .tune import Result, tune
 
-__all__ = ["DeltaworksCallback", "DeltaworksMixin", "Recipe", "Result", "tune", "wrap"]
+__all__ = ["DeltaworksCallback", "DeltaworksMixin", "Recipe", "Result", "keeping_freed", "tune", "wrap"]

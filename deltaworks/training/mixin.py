@@ -27,6 +27,7 @@ from ..core.rule import Rules, Run
 from ..core.tuned import Tuned
 from . import checkpoint as saved
 from .callback import DeltaworksCallback
+from .memory import keeping_freed
 from .reference import Reference
 from .unfused import acts_outside, is_fused, unfuse
 
@@ -85,7 +86,8 @@ class DeltaworksMixin(_Base):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._begun = False
         self._window = []  # what is left of a run that broke off within an accumulation window
-        return super().train(*args, **kwargs)
+        with keeping_freed(self.args.device):
+            return super().train(*args, **kwargs)
 
     def begin(self) -> None:
         """Make the rules and tell them of `attached`; once per run."""

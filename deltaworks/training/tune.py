@@ -35,7 +35,7 @@ from .checkpoint import latest, step_of
 from .choices import choose
 from .evaluation import batches, held_out, samples
 from .head import causal_loss
-from .memory import PeakMemory, keeping_freed
+from .memory import PeakMemory
 from .mixin import DeltaworksMixin
 from .recipe import Recipe, differing
 
@@ -219,9 +219,8 @@ def tune(
     if start:
         tell("resumed", step=step_of(start))
     memory.forget()
-    with keeping_freed(device):
-        outcome = trainer.train(resume_from_checkpoint=str(start) if start else None)
-        peak = memory.bytes()
+    outcome = trainer.train(resume_from_checkpoint=str(start) if start else None)
+    peak = memory.bytes()
     after = look()
     tell("after", figures=after["figures"])
 

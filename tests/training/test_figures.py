@@ -128,8 +128,13 @@ def test_memory_freed_on_a_cpu_is_kept_for_the_next_step_and_given_back_at_the_e
         del pieces
         return _resident("VmRSS") or 0
 
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _resident("VmRSS") or 0
     with pytest.raises(KeyError), keeping_freed("cpu"):
+        with keeping_freed("cpu"):  # as a trainer's within a loop of one's own
+            use()
         inside = use()
+        assert inside > before + 150e6, "kept until the outer end"
         raise KeyError
     assert (_resident("VmRSS") or 0) < inside - 100e6
 
