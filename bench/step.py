@@ -164,7 +164,8 @@ def table(record: dict[str, Any]) -> str:
         f"{record['machine']['date']}, {record['machine']['versions']}; `{record['command']}`",
         "",
         "Medians over repeats (least to greatest). Time over the frozen base's forward and backward; saved bytes are "
-        "what autograd keeps for backward beyond parameters.",
+        "what autograd keeps for backward beyond parameters. What a step frees the C library "
+        + ("keeps, as while `tune` trains." if shape.get("freed") == "kept" else "gives back as it is used to."),
         "",
         f"| method | {' | '.join(COLUMNS)} | saved MB |",
         f"|---|{'---|' * len(COLUMNS)}---|",
@@ -199,8 +200,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--layers", type=int, help="instead of the shape's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    freed = "whether the C library keeps what a step frees, as while `tune` trains, on every side"
+    parser.add_argument("--freed", choices=("kept", "returned"), default="kept", help=freed)
     options = measure.chosen(parser, methods=["lora"], steps=2)
-    settings = SHAPES[options.shape] | {key: getattr(options, key) for key in ("steps", "batch", "tokens", "dtype")}
+    names = ("steps", "batch", "tokens", "dtype", "freed")
+    settings = SHAPES[options.shape] | {name: getattr(options, name) for name in names}
     settings |= {"layers": options.layers} if options.layers else {}
     chosen = sides(settings, options.methods)
     samples = interleaved("bench.step_worker", chosen, options.repeats, options.threads, forked)

@@ -181,6 +181,15 @@ def timed(step: Callable[[], None], steps: int, loaded: int) -> dict[str, Any]:
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
     """Run the side and report its figures."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    if settings.get("freed", "kept") == "kept":  # as `tune` does, for every side alike
+        from deltaworks.training import keeping_freed
+
+        with keeping_freed(device()):
+            return _measured(settings)
+    return _measured(settings)
+
+
+def _measured(settings: dict[str, Any]) -> dict[str, Any]:
     model = base(settings)
     loaded = resident()
     batch = batch_of(settings)
