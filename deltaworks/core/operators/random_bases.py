@@ -130,10 +130,10 @@ class RandomMixture(Made):
     def pulled(self, weight: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
         lam, gamma = self.lam.detach().to(change.dtype), self.gamma.detach().to(change.dtype)
         slope = self._basis(change.dtype, turned=True) @ (change if self.train_a else change.T)
-        slope = slope.mul_(self.scale).unflatten(0, lam.shape).mul_(self._first(change.dtype)).transpose(0, 1)
+        slope = slope.unflatten(0, lam.shape).mul_(self._first(change.dtype)).transpose(0, 1)
         dlam = torch.bmm(slope, gamma.unsqueeze(2)).squeeze(2).T
         dgamma = torch.bmm(lam.T.unsqueeze(1), slope).squeeze(1)
-        return dlam.to(self.lam.dtype), dgamma.to(self.gamma.dtype)
+        return dlam.to(self.lam.dtype).mul(self.scale), dgamma.to(self.gamma.dtype).mul(self.scale)
 
     def _scaled(self, dtype: torch.dtype, lam: Tensor, gamma: Tensor) -> Tensor:
         """F, `rank N x short`: every row of A for each basis."""
