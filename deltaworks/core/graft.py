@@ -355,11 +355,38 @@ def _linear(
         added = add_unwatched(deltas[0], x, call)  # type: ignore[arg-type]
         if added is not None:
             return added
-    stored = layer._parameters["weight"]
-    weight = Weight(layer)
     changes = [delta for delta in deltas if delta.site.parameter == "weight"]
     if not changes:
         return _substituted(layer, call, deltas, x)
+    y = _fused(layer, changes[0], graft, x) if len(changes) == 1 else None
+    if y is None:
+        y = _summed(layer, call, changes, x)
+    for delta in deltas:
+        if delta.site.parameter == "bias":
+            y = y + _spread(delta, layer, y.shape[-1]).to(y.dtype)
+    return y
+
+
+def _fused(layer: nn.Module, delta: Delta, graft: Graft | None, x: Tensor) -> Tensor | None:
+    """The product with the base and the change at once, for a delta that has a side path of its own for that."""
+    stored, bias = layer._parameters["weight"], layer._parameters.get("bias")
+    if not delta.lean or delta.site.parameter != "weight" or delta.site.rows is not None:
+        return None
+    if stored is None or not _ordinary(layer, stored) or (bias is not None and bias.requires_grad):
+        return None
+    weight = Weight(layer)
+    if not delta.prefers_side(x.numel() // max(x.shape[-1], 1), weight):
+        return None
+    matrix = weight.canonical(stored)
+    share = graft and _share(graft, delta, x) if matrix.dtype == x.dtype else None
+    if share:
+        return lifted(share.x, share.z, matrix, bias, share.b, share.part.scale)
+    return delta.with_base(x, matrix, bias)
+
+
+def _summed(layer: nn.Module, call: Callable[..., Tensor], changes: list[Delta], x: Tensor) -> Tensor:
+    """The layer's output, or that under an effective weight, and the side paths of what is not folded in."""
+    stored, weight = layer._parameters["weight"], Weight(layer)
     tokens = x.numel() // max(x.shape[-1], 1)
     # Side paths add up; a delta that is a function of the weight may use its own only where nothing else acts.
     alone = len(changes) == 1
@@ -373,32 +400,17 @@ def _linear(
         if any(delta.training and getattr(delta, "dropout", 0.0) for delta in folds):
             warnings.warn("dropout does not act where changes of a weight are folded one into another", stacklevel=2)
         y = effective_linear(x, layer, folds)
-    elif alone and sides[0].site.rows is None and stored is not None and _ordinary(layer, stored):
-        bias = layer._parameters.get("bias")
-        if not (bias is not None and bias.requires_grad):
-            matrix = weight.canonical(stored)
-            share = graft and _share(graft, sides[0], x) if matrix.dtype == x.dtype else None
-            if share:
-                y = lifted(share.x, share.z, matrix, bias, share.b, share.part.scale)
-            else:
-                y = sides[0].with_base(x, matrix, bias)
-            if y is not None:
-                sides = []
-    if y is None and alone and sides and sides[0].site.rows is None:
+    elif alone and sides[0].site.rows is None:
         y = sides[0].around(call, x, weight)
         if y is not None:
-            sides = []
+            return y
     if y is None:
         y = _unpacking(layer, call, x) if _packed(stored, x) else call(x)
     gains = [delta.gains() for delta in sides if delta.site.rows is not None]
     if gains and all(gain is not None for gain in gains) and len(gains) == len(sides):
-        y = y * _gained(sides, layer, y)
-        sides = []
+        return y * _gained(sides, layer, y)
     for delta in sides:
         y = _beside(delta, x, y, layer)
-    for delta in deltas:
-        if delta.site.parameter == "bias":
-            y = y + _spread(delta, layer, y.shape[-1]).to(y.dtype)
     return y
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .operators import low_rank
 from .operators.low_rank import Factored, lowered
 
 if TYPE_CHECKING:
@@ -39,8 +40,9 @@ class Sharing:
         return Sharing, ()
 
     def share(self, graft: Graft, part: Factored, x: Tensor) -> Share | None:
-        """The share of a layer that is called with `x`; None where nobody after it reads the same."""
-        if not part.shareable(x) or x.is_inference():
+        """The share of a layer that is called with `x`; None where nobody after it reads the same, or a product is less
+        work than to share it."""
+        if x.numel() <= low_rank.FEW or not part.shareable(x) or x.is_inference():
             return None
         if self.shares:
             share = self.shares.pop(graft, None)

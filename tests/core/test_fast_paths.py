@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import deltaworks as dw
-from deltaworks.core.operators import decomposed, rotation
+from deltaworks.core.operators import decomposed, low_rank, rotation
 from deltaworks.core.operators.products import in_rows, over_rows
 from tests.methods.toys import attach, net, nudge, part, saved_shapes
 
@@ -144,3 +144,45 @@ def test_gradients_of_built_weights_from_many_rows_of_half_precision(slug: str, 
     whole = nn.functional.linear(x.float(), delta.fold(layer[0].weight.detach().float()))
     expected = torch.autograd.grad(whole, [x, *delta.parameters()], g.float())
     assert all((a.float() - b.float()).norm() < 0.01 * b.float().norm() for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("stacked", [1, 2])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_few_tokens_in_half_precision_take_a_branch_of_single_precision(
+    monkeypatch: pytest.MonkeyPatch, dropout: float, stacked: int
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 16)).bfloat16()
+    tuned = [dw.attach(model, dw.LoRA(rank=4, dropout=dropout, on="all"), name=name) for name in "ab"[:stacked]]
+    for handle in tuned:
+        nudge(handle, 0.3)
+    dw.activate(model, list("ab"[:stacked]))
+    x, g = torch.randn(5, 24).bfloat16().requires_grad_(), torch.randn(5, 16).bfloat16()
+    factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert {factor.dtype for factor in factors} == {torch.float32}
+
+    def run() -> tuple[list[Tensor], set[torch.dtype]]:
+        torch.manual_seed(1)
+        kept: set[torch.dtype] = set()
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.shape == (5, 4):
+                kept.add(tensor.dtype)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = model(x)
+        return [y, *torch.autograd.grad(y, [x, *factors], g)], kept
+
+    few, single = run()
+    monkeypatch.setattr(low_rank, "FEW", 5 * 24 - 1)
+    many, half = run()
+    assert (single, half) == ({torch.float32}, {torch.bfloat16})
+    assert [tensor.dtype for tensor in few] == [tensor.dtype for tensor in many]
+    assert all((a - b).float().norm() < 0.02 * a.float().norm() for a, b in zip(few, many, strict=True))
+    if not dropout:
+        weight = sum((part(handle, "").dense().double() for handle in tuned), model[0].weight.double())
+        y = nn.functional.linear(x.double(), weight, model[0].bias.double())
+        exact = torch.autograd.grad(y, factors, g.double())
+        for a, b, c in zip(few[2:], many[2:], exact, strict=True):
+            assert (a - c).norm() < 1e-5 * c.norm() < (b - c).norm()

@@ -14,6 +14,12 @@ from deltaworks.core.method import Method
 from deltaworks.core.operators import low_rank
 
 
+@pytest.fixture(autouse=True)
+def many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the small inputs of these tests count as large ones."""
+    monkeypatch.setattr(low_rank, "FEW", 0)
+
+
 class Attention(nn.Module):
     """Three layers that read x (or two of them a memory), and one that reads what they make."""
 

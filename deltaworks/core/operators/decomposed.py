@@ -134,7 +134,7 @@ class _TurnedLinear(torch.autograd.Function):
         g, gz, da, db = _turned_gradients(ctx, gradients[0], x, survive, z, a, b, magnitude, norms)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = add_back(g @ weight, gz, a.to(g.dtype), ctx.scale, survive).view(x.shape)
+            dx = add_back(g @ weight, gz, a, ctx.scale, survive).view(x.shape)
         dbias = gradients[0].flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         return dx, None, dbias, da, db, dm, None, None, None
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ...model.weights import Weight, is_ordinary
+from ...model.weights import Weight
 from ..part import Delta, trainable
-from .low_rank import base_product
+from .low_rank import base_product, unwrapped
 from .products import over_rows
 
 
@@ -88,7 +88,7 @@ def _by_hand(layer: nn.Module, deltas: Sequence[Delta]) -> Built | None:
     delta = deltas[0]
     if len(deltas) > 1 or not isinstance(delta, Built) or delta.site.rows is not None:
         return None
-    return delta if all(is_ordinary(parameter) for parameter in delta.parameters()) else None
+    return delta if unwrapped(delta) else None
 
 
 def _fold(layer: nn.Module, deltas: Sequence[Delta]) -> Tensor:

@@ -16,6 +16,9 @@ from torch.autograd.function import once_differentiable
 from ...model.weights import Weight, is_ordinary
 from ..part import Delta
 
+FEW = 1 << 16
+"""Elements of a layer's input and output up to which products with thin factors are made in the factors' precision."""
+
 
 class Factored(Delta):
     """`dW = scale * B A` for whatever factors a subclass has, stored or computed.
@@ -51,7 +54,7 @@ class Factored(Delta):
         if self.training and (self.dropout or not self.train_a):
             return True
         # Building costs r*out*in products plus writing out*in; the branch costs r*(out+in) per token.
-        fan_out, fan_in = weight.fan_out, weight.fan_in
+        fan_out, fan_in = weight.shape[-2:]
         return tokens * (fan_in + fan_out) < 2 * fan_in * fan_out or self.rank * 4 < min(fan_in, fan_out)
 
     def side(self, x: Tensor) -> Tensor:
@@ -108,6 +111,25 @@ def dropped(part: Any, x: Tensor) -> Tensor:
 def branch_input(x: Tensor, survive: Tensor | None) -> Tensor:
     """The branch's input as a matrix, `tokens x in`."""
     return (x if survive is None else x * survive).reshape(-1, x.shape[-1])
+
+
+def thin_dtype(x: Tensor, a: Tensor, b: Tensor) -> torch.dtype:
+    """In which precision a branch is made: x's, but for few tokens on a CPU that of the factors, if it is higher.
+
+    A thin product in half precision takes a CPU some 50 us at least, longer than to cast few activations.
+    """
+    if x.dtype.itemsize > 2 or x.device.type != "cpu" or a.dtype != b.dtype:
+        return x.dtype
+    few = x.numel() // max(x.shape[-1], 1) * max(x.shape[-1], len(b)) <= FEW
+    return torch.promote_types(x.dtype, a.dtype) if few else x.dtype
+
+
+def add_up(rows: Tensor, z: Tensor, b: Tensor, scale: float) -> None:
+    """`rows += scale z b`, in z's precision."""
+    if z.dtype == rows.dtype:
+        rows.addmm_(z, b.to(z.dtype), alpha=scale)
+    else:
+        rows.add_(z @ b.to(z.dtype), alpha=scale)
 
 
 def add_branch(part: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -197,17 +219,18 @@ def plain(delta: Delta, x: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and not x.is_meta  # has no autocast to ask for
         and not torch.is_autocast_enabled(x.device.type)
-        and _unwrapped(delta)
+        and unwrapped(delta)
         and is_ordinary(x)
     )
 
 
-def _unwrapped(module: nn.Module) -> bool:
+def unwrapped(module: nn.Module) -> bool:
+    """Whether all parameters of a module are ordinary tensors."""
     # `parameters()` would take longer than the products of a small layer, and so would a generator.
     for parameter in module._parameters.values():
         if parameter is not None and not is_ordinary(parameter):
             return False
-    return not module._modules or all(child is None or _unwrapped(child) for child in module._modules.values())
+    return not module._modules or all(child is None or unwrapped(child) for child in module._modules.values())
 
 
 class LowRank(Factored):
@@ -276,6 +299,7 @@ def branch_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the branch, each only if needed: (g B, dA, dB)."""
     need_x, need_a, need_b = ctx.needed
+    g = g if z is None else g.to(z.dtype)
     gb = g @ b.to(g.dtype) if need_x or need_a else None
     da = db = None
     if need_a and gb is not None and x is not None:
@@ -291,9 +315,12 @@ def base_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
     It is no view itself: models add residuals to a layer's output in place, which autograd forbids on a view that a
     custom function returns.
     """
+    if bias is None:
+        y = nn.functional.linear(x, weight)
+        return y, y.view(-1, weight.shape[0])
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     rows, flat = y.view(-1, weight.shape[0]), x.reshape(-1, x.shape[-1])
-    torch.mm(flat, weight.T, out=rows) if bias is None else torch.addmm(bias, flat, weight.T, out=rows)
+    torch.addmm(bias, flat, weight.T, out=rows)
     return y, rows
 
 
@@ -317,9 +344,10 @@ class _LowRankLinear(torch.autograd.Function):
         survive: Tensor | None,
         shift: Tensor | None,
     ) -> Tensor:
-        z = branch_input(x, survive) @ a.to(x.dtype).T
+        dtype = thin_dtype(x, a, b)
+        z = branch_input(x, survive).to(dtype) @ a.to(dtype).T
         y, rows = base_product(x, shifted(weight, shift), bias)
-        rows.addmm_(z, b.to(x.dtype).T, alpha=scale)
+        add_up(rows, z, b.T, scale)
         ctx.scale, ctx.needed = scale, (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:5])
         need_x, need_a, need_b = ctx.needed
         ctx.save_for_backward(
@@ -335,7 +363,7 @@ class _LowRankLinear(torch.autograd.Function):
         gb, da, db = branch_gradients(ctx, g, x, survive, z, a, b)
         dx = None
         if ctx.needed[0] and gb is not None:
-            dx = add_back(g @ shifted(weight, shift), gb, a.to(g.dtype), ctx.scale, survive)
+            dx = add_back(g @ shifted(weight, shift), gb, a, ctx.scale, survive)
             dx = dx.view(*gradients[0].shape[:-1], weight.shape[-1])
         return dx, None, None, da, db, None, None, None
 
@@ -344,8 +372,9 @@ def add_back(dx: Tensor, gz: Tensor, a: Tensor, scale: float, survive: Tensor | 
     """The gradient of an input (`tokens x in`) with the branch's share `scale gz A` added, in place; only what survived
     dropout has one."""
     if survive is None:
-        return dx.addmm_(gz, a, alpha=scale)
-    return dx.addcmul_(gz @ a, survive.view_as(dx).to(dx.dtype), value=scale)
+        add_up(dx, gz, a, scale)
+        return dx
+    return dx.addcmul_((gz @ a.to(gz.dtype)).to(dx.dtype), survive.view_as(dx).to(dx.dtype), value=scale)
 
 
 class _Lowered(torch.autograd.Function):
@@ -407,7 +436,7 @@ class _Lifted(torch.autograd.Function):
 
 def narrow_gradient(narrow: Tensor, wide: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """`scale narrow^T wide`, `rank x width`: this way round the wide operand is read in order."""
-    product = (narrow.T @ wide).to(dtype)
+    product = (narrow.T @ wide.to(narrow.dtype)).to(dtype)
     return product if scale == 1.0 else product.mul_(scale)
 
 
@@ -419,8 +448,9 @@ class _LowRankAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, survive: Tensor | None) -> Tensor:
-        z = branch_input(x, survive) @ a.to(x.dtype).T
-        y.view(-1, y.shape[-1]).addmm_(z, b.to(x.dtype).T, alpha=scale)
+        dtype = thin_dtype(x, a, b)
+        z = branch_input(x, survive).to(dtype) @ a.to(dtype).T
+        add_up(y.view(-1, y.shape[-1]), z, b.T, scale)
         ctx.mark_dirty(y)
         ctx.scale, ctx.needed = scale, ctx.needs_input_grad[1:4]
         need_x, need_a, need_b = ctx.needed
@@ -435,6 +465,6 @@ class _LowRankAdd(torch.autograd.Function):
         gb, da, db = branch_gradients(ctx, g, x, survive, z, a, b)
         dx = None
         if ctx.needed[0] and gb is not None:
-            dx = (gb @ a.to(g.dtype)).mul_(ctx.scale).view(*gradients[0].shape[:-1], a.shape[-1])
+            dx = (gb @ a.to(gb.dtype)).mul_(ctx.scale).to(g.dtype).view(*gradients[0].shape[:-1], a.shape[-1])
             dx = dx if survive is None else dx.mul_(survive)
         return gradients[0], dx, da, db, None, None

@@ -220,7 +220,7 @@ class _SparseLinear(torch.autograd.Function):
             like = g.new_empty(0, ctx.fan_in)
             dx = g @ _scratch(like, weight, values, index, ctx.sparse_scale, ctx.fan_out, mask)
             if gb is not None and a is not None:
-                add_back(dx, gb, a.to(g.dtype), ctx.scale, survive)
+                add_back(dx, gb, a, ctx.scale, survive)
             dx = dx.view(*gradients[0].shape[:-1], ctx.fan_in)
         if ctx.needs_input_grad[3]:
             dv = sampled(g, x.reshape(-1, x.shape[-1]), index).mul_(ctx.sparse_scale).to(values.dtype)
