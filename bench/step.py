@@ -129,7 +129,7 @@ def rows(samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
                 ("resident_above_base", "full_rss"),
             ):
                 row[key] = ratio(mine, samples["full"], figure)
-            theirs = samples.get(f"peft {slug}")
+            theirs = samples.get("peft lora" if slug == LEAN_LOSS else f"peft {slug}")
             if theirs is not None:
                 row["peft_frozen"] = ratio(theirs, samples["frozen"], "seconds")
                 row["peft"], row["peft_saved"] = ratio(mine, theirs, "seconds"), ratio(mine, theirs, "saved_bytes")
@@ -164,8 +164,8 @@ def table(record: dict[str, Any]) -> str:
         f"{record['machine']['date']}, {record['machine']['versions']}; `{record['command']}`",
         "",
         "Medians over repeats (least to greatest). Time over the frozen base's forward and backward; saved bytes are "
-        "what autograd keeps for backward beyond parameters. What a step frees the C library "
-        + ("keeps, as while `tune` trains." if shape.get("freed") == "kept" else "gives back as it is used to."),
+        "what autograd keeps for backward beyond parameters. On CPUs the C library "
+        + ("keeps what a step frees, as while `tune` trains." if shape.get("freed") == "kept" else "is left as it is."),
         "",
         f"| method | {' | '.join(COLUMNS)} | saved MB |",
         f"|---|{'---|' * len(COLUMNS)}---|",
@@ -186,7 +186,8 @@ def _ratio(value: dict[str, float] | None) -> str:
 
 
 def _mean(found: dict[str, Any], key: str) -> float | None:
-    values = [row[key]["median"] for row in found.values() if row.get(key)]
+    # The loss without logits is LoRA once more, with something that PEFT has no counterpart of.
+    values = [row[key]["median"] for slug, row in found.items() if row.get(key) and slug != LEAN_LOSS]
     return math.exp(sum(map(math.log, values)) / len(values)) if values else None
 
 

@@ -7,6 +7,7 @@ saves for backward beyond the base's own parameters, and the resident set above 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -181,27 +182,27 @@ def timed(step: Callable[[], None], steps: int, loaded: int) -> dict[str, Any]:
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
     """Run the side and report its figures."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    if settings.get("freed", "kept") == "kept":  # as `tune` does, for every side alike
-        from deltaworks.training import keeping_freed
-
-        with keeping_freed(device()):
-            return _measured(settings)
-    return _measured(settings)
-
-
-def _measured(settings: dict[str, Any]) -> dict[str, Any]:
     model = base(settings)
     loaded = resident()
     batch = batch_of(settings)
     side = adapt(model, settings, batch)
     side.called.train()
-    figures = timed(stepper(side, settings, batch), settings["steps"], loaded) | {
+    with _allocator(settings):
+        figures = timed(stepper(side, settings, batch), settings["steps"], loaded)
+    figures |= {
         "saved_bytes": saved(side, lambda: loss_of(side, settings, batch)),
         "trainable": sum(parameter.numel() for parameter in side.parameters),
     }
     if device() == "cuda":
         figures["cuda_peak"] = torch.cuda.max_memory_allocated()
     return figures
+
+
+def _allocator(settings: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """What the C library does with what a step frees: the same on every side."""
+    from deltaworks.training import keeping_freed
+
+    return keeping_freed(device()) if settings.get("freed") == "kept" else contextlib.nullcontext()
 
 
 def _wait() -> None:

@@ -368,9 +368,9 @@ def _linear(
 
 
 def _fused(layer: nn.Module, delta: Delta, graft: Graft | None, x: Tensor) -> Tensor | None:
-    """The product with the base and the change at once, for a delta that has a side path of its own for that."""
+    """The product with the base and a change of the weight at once, for a delta that has a side path for that."""
     stored, bias = layer._parameters["weight"], layer._parameters.get("bias")
-    if not delta.lean or delta.site.parameter != "weight" or delta.site.rows is not None:
+    if not delta.lean or delta.site.rows is not None:
         return None
     if stored is None or not _ordinary(layer, stored) or (bias is not None and bias.requires_grad):
         return None

@@ -1,9 +1,9 @@
 """One product for the layers that read one tensor.
 
 Query, key and value read the same activations, gate and up too. Whoever is called first with a tensor multiplies it
-with the inner factors of all of them; the others find their share. Who reads with whom is known from the model's
-description, so that the same model always shares the same products, to the last bit; that it is one and the same tensor
-is seen at every call.
+with the inner factors of all of them; the others find their share. A tensor so small that a product costs less than to
+share it is left to each. Who reads with whom is known from the model's description, so that the same model always
+shares the same products, to the last bit; that it is one and the same tensor is seen at every call.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ class Sharing:
     def share(self, graft: Graft, part: Factored, x: Tensor) -> Share | None:
         """The share of a layer that is called with `x`; None where nobody after it reads the same, or a product is less
         work than to share it."""
-        if x.numel() <= low_rank.FEW or not part.shareable(x) or x.is_inference():
+        if not part.shareable(x) or x.is_inference():
+            return None
+        if _is_quick(part, x):
+            self.shares = {}
             return None
         if self.shares:
             share = self.shares.pop(graft, None)
@@ -65,6 +68,12 @@ class Sharing:
         mine = shares.pop(next(iter(readers)))
         self.shares, self.state = shares, _state(x)
         return mine
+
+
+def _is_quick(part: Factored, x: Tensor) -> bool:
+    if x.numel() > low_rank.FEW or x.device.type != "cpu":
+        return False
+    return x.dtype.itemsize > 2 or low_rank.thin_dtype(x, *part.factors()) != x.dtype
 
 
 def _state(x: Tensor) -> tuple[Any, ...]:

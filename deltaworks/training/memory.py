@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,9 +45,7 @@ class PeakMemory:
 _TRIM, _MMAP = -1, -3
 _USUAL = {_MMAP: 32 << 20, _TRIM: 64 << 20}
 _GENEROUS = {_MMAP: 1 << 30, _TRIM: 2**31 - 1}
-
-
-_inside = 0
+_lock, _inside = threading.Lock(), 0
 
 
 @contextlib.contextmanager
@@ -60,7 +59,7 @@ def keeping_freed(device: torch.device | str) -> Iterator[None]:
         with dw.training.keeping_freed("cpu"):
             for batch in batches: ...
 
-    Another C library than glibc, and one that the environment sets up, are left as they are. The peak is the same.
+    Another C library than glibc, and one that the environment sets up, are left as they are.
 
     Args:
         device: where the model is; anywhere but on a CPU nothing happens.
@@ -69,19 +68,27 @@ def keeping_freed(device: torch.device | str) -> Iterator[None]:
     told = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
     ours = sys.platform == "linux" and torch.device(device).type == "cpu" and not told
     library = ctypes.CDLL(None) if ours else None
-    if library is None or not hasattr(library, "mallopt") or _inside:
+    if library is None or not hasattr(library, "mallopt"):
         yield
         return
-    _inside += 1
+    with _lock:
+        _inside += 1
+        if _inside == 1:
+            _set(library, _GENEROUS)
     try:
-        for option, value in _GENEROUS.items():
-            library.mallopt(option, value)
         yield
     finally:
-        _inside -= 1
-        for option, value in _USUAL.items():
-            library.mallopt(option, value)
-        library.malloc_trim(0)
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                _set(library, _USUAL)
+                library.malloc_trim(0)
+
+
+def _set(library: ctypes.CDLL, values: dict[int, int]) -> None:
+    for option, value in values.items():
+        if not library.mallopt(option, value):  # before 2.35 glibc takes no threshold above its usual one
+            library.mallopt(option, _USUAL[option])
 
 
 def _resident(entry: str) -> int | None:

@@ -20,6 +20,19 @@ def many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(low_rank, "FEW", 0)
 
 
+def test_small_inputs_are_left_to_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    model = adapted()
+    small, large = torch.randn(1, 3, 12).double(), torch.randn(2, 3000, 12).double()
+    assert products(model, small) == 0 and products(model, large) == 1
+    assert products(adapted().bfloat16(), small.bfloat16()) == 1, "no cast would spare these factors half precision"
+    model.query(large.clone().requires_grad_())  # type: ignore[operator]
+    sharing = model.query._modules["deltaworks"].board.sharing  # type: ignore[union-attr]
+    assert sharing.shares
+    model.query(small)  # type: ignore[operator]
+    assert not sharing.shares, "what nobody fetched is let go"
+
+
 class Attention(nn.Module):
     """Three layers that read x (or two of them a memory), and one that reads what they make."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import mmap
@@ -14,6 +15,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from datasets import Dataset
+from transformers import Trainer, TrainingArguments
 
 from deltaworks.data import Labels
 from deltaworks.data.collate import ChoiceCollator
@@ -137,6 +139,31 @@ def test_memory_freed_on_a_cpu_is_kept_for_the_next_step_and_given_back_at_the_e
         assert inside > before + 150e6, "kept until the outer end"
         raise KeyError
     assert (_resident("VmRSS") or 0) < inside - 100e6
+
+
+def test_trainers_that_wrap_makes_keep_what_is_freed(monkeypatch, tmp_path) -> None:
+    import deltaworks as dw
+    from deltaworks.training import mixin
+
+    held = []
+
+    @contextlib.contextmanager
+    def keeping(device):
+        held.append(str(device))
+        yield
+        held.append("end")
+
+    class Plain(Trainer):
+        def __init__(self):
+            self.args = TrainingArguments(str(tmp_path), use_cpu=True)
+
+        def train(self):
+            return tuple(held)
+
+    monkeypatch.setattr(mixin, "keeping_freed", keeping)
+    trainer = object.__new__(dw.training.wrap(Plain))
+    Plain.__init__(trainer)
+    assert trainer.train() == ("cpu",) and held == ["cpu", "end"]
 
 
 def test_memory_is_left_to_the_environment_and_to_gpus(monkeypatch) -> None:

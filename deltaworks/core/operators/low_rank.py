@@ -17,7 +17,8 @@ from ...model.weights import Weight, is_ordinary
 from ..part import Delta
 
 FEW = 1 << 16
-"""Elements of a layer's input and output up to which products with thin factors are made in the factors' precision."""
+"""Elements of a layer's input and output up to which, on a CPU, products with thin factors are made in the factors'
+precision, and by every layer for itself."""
 
 
 class Factored(Delta):
@@ -299,7 +300,7 @@ def branch_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the branch, each only if needed: (g B, dA, dB)."""
     need_x, need_a, need_b = ctx.needed
-    g = g if z is None else g.to(z.dtype)
+    g = g.to(ctx.thin)
     gb = g @ b.to(g.dtype) if need_x or need_a else None
     da = db = None
     if need_a and gb is not None and x is not None:
@@ -344,7 +345,7 @@ class _LowRankLinear(torch.autograd.Function):
         survive: Tensor | None,
         shift: Tensor | None,
     ) -> Tensor:
-        dtype = thin_dtype(x, a, b)
+        ctx.thin = dtype = thin_dtype(x, a, b)
         z = branch_input(x, survive).to(dtype) @ a.to(dtype).T
         y, rows = base_product(x, shifted(weight, shift), bias)
         add_up(rows, z, b.T, scale)
@@ -448,7 +449,7 @@ class _LowRankAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, survive: Tensor | None) -> Tensor:
-        dtype = thin_dtype(x, a, b)
+        ctx.thin = dtype = thin_dtype(x, a, b)
         z = branch_input(x, survive).to(dtype) @ a.to(dtype).T
         add_up(y.view(-1, y.shape[-1]), z, b.T, scale)
         ctx.mark_dirty(y)

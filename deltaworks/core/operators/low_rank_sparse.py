@@ -195,7 +195,8 @@ class _SparseLinear(torch.autograd.Function):
         survive: Tensor | None,
     ) -> Tensor:
         ctx.sparse_scale, ctx.fan_out, ctx.fan_in = scale, fan_out, x.shape[-1]
-        ctx.scale, ctx.needed = branch_scale, (ctx.needs_input_grad[0], *ctx.needs_input_grad[8:10])
+        ctx.scale, ctx.thin = branch_scale, x.dtype
+        ctx.needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[8:10]
         need_x, need_a, need_b = ctx.needed
         y, rows = base_product(x, _scratch(x, weight, values, index, scale, fan_out, mask), bias)
         z = None

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 
-def gained(ctx: Any, y: Tensor, gain: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def gained(
+    ctx: Any, y: Tensor, gain: Tensor, bias: Tensor | None, trains: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
     """Turn `y` into `gain y + bias` in place, in a function that returns it.
 
     Args:
@@ -20,6 +22,7 @@ def gained(ctx: Any, y: Tensor, gain: Tensor, bias: Tensor | None) -> tuple[Tens
         y: `... x out`.
         gain: `out`, in y's dtype.
         bias: `out`, or None.
+        trains: whether the gain gets a gradient; if not, nothing is kept.
 
     Returns:
         a copy of what the gain met (`rows x out`) and y itself, for `save_for_backward`; one of them is None. The copy
@@ -27,6 +30,9 @@ def gained(ctx: Any, y: Tensor, gain: Tensor, bias: Tensor | None) -> tuple[Tens
         holds up a GPU.
     """
     rows = y.view(-1, len(gain))
+    if not trains:
+        rows.mul_(gain) if bias is None else torch.addcmul(bias.to(y.dtype), rows, gain, out=rows)
+        return None, None
     if bias is not None or y.device.type != "cpu":
         before = rows.clone()
         rows.mul_(gain) if bias is None else torch.addcmul(bias.to(y.dtype), before, gain, out=rows)

@@ -66,8 +66,7 @@ class _TurnedLinear(torch.autograd.Function):
             ctx.save_for_backward(kept, weight, r, s, None, None)
             return base_product(turned, weight, bias)[0]
         y, _ = base_product(turned, weight, None)
-        plain, out = gained(ctx, y, s.to(x.dtype), bias)
-        ctx.save_for_backward(kept, weight, r, s, *((plain, out) if ctx.needs_input_grad[4] else (None, None)))
+        ctx.save_for_backward(kept, weight, r, s, *gained(ctx, y, s.to(x.dtype), bias, ctx.needs_input_grad[4]))
         return y
 
     @staticmethod
