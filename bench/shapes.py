@@ -29,7 +29,6 @@ def cases(quick: bool) -> dict[str, dict[str, Any]]:
     found = {}
     for shape, batch, tokens in chosen:
         settings = SHAPES[shape] | {"batch": batch, "tokens": tokens, "dtype": "bfloat16", "steps": 2 if quick else 4}
-        settings |= {"freed": "kept"}
         label = f"{shape}: {settings['layers']} x {settings['hidden']} wide, {batch} x {tokens} tokens"
         found[label] = settings
     return found
@@ -40,8 +39,7 @@ def table(record: dict[str, Any]) -> str:
     lines = heading("LoRA's training step on four bases", record)
     lines += [
         "Rank 8 on all linear layers of a Llama in bfloat16. Medians over repeats (least to greatest). Time over the "
-        "frozen base's forward and backward; saved bytes are what autograd keeps for backward beyond parameters. On "
-        "CPUs the C library keeps what a step frees, as while `tune` trains.",
+        "frozen base's forward and backward; saved bytes are what autograd keeps for backward beyond parameters.",
         "",
         f"| base and batch | {' | '.join(COLUMNS)} |",
         f"|---|{'---|' * len(COLUMNS)}",

@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="instead of the shape's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     freed = "whether the C library keeps what a step frees, as while `tune` trains, on every side"
-    parser.add_argument("--freed", choices=("kept", "returned"), default="kept", help=freed)
+    parser.add_argument("--freed", choices=("kept", "returned"), default="returned", help=freed)
     options = measure.chosen(parser, methods=["lora"], steps=2)
     names = ("steps", "batch", "tokens", "dtype", "freed")
     settings = SHAPES[options.shape] | {name: getattr(options, name) for name in names}
