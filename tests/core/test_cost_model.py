@@ -126,8 +126,8 @@ def test_the_choice_is_the_one_that_measures_faster(case: int) -> None:
 def test_the_clear_cases_are_clear() -> None:
     # Without any, the test above would say nothing.
     torch.manual_seed(0)
-    model = Net(768, 768, 2)
+    model = Net(2048, 2048, 2)  # the larger a weight, the less weighs what any call costs
     dw.attach(model, dw.LoRA(rank=4), seed=0)
     layer, delta = next(places(model))
-    x = torch.randn(8, 768, requires_grad=True)
+    x = torch.randn(8, 2048, requires_grad=True)
     assert measured(layer, delta, x, False) > CLEAR * measured(layer, delta, x, True)
