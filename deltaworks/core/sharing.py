@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .operators import low_rank
-from .operators.low_rank import Factored, lowered
+from .operators.low_rank import Factored, is_quick, lowered
 
 if TYPE_CHECKING:
     from .graft import Graft
@@ -44,7 +43,7 @@ class Sharing:
         work than to share it."""
         if not part.shareable(x) or x.is_inference():
             return None
-        if _is_quick(part, x):
+        if is_quick(part, x):
             self.shares = {}
             return None
         if self.shares:
@@ -68,12 +67,6 @@ class Sharing:
         mine = shares.pop(next(iter(readers)))
         self.shares, self.state = shares, _state(x)
         return mine
-
-
-def _is_quick(part: Factored, x: Tensor) -> bool:
-    if x.numel() > low_rank.FEW or x.device.type != "cpu":
-        return False
-    return x.dtype.itemsize > 2 or low_rank.thin_dtype(x, *part.factors()) != x.dtype
 
 
 def _state(x: Tensor) -> tuple[Any, ...]:

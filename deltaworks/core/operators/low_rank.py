@@ -125,6 +125,13 @@ def thin_dtype(x: Tensor, a: Tensor, b: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, a.dtype) if few else x.dtype
 
 
+def is_quick(part: Factored, x: Tensor) -> bool:
+    """Whether x is so small that its product with A costs less than to share one."""
+    if x.numel() > FEW or x.device.type != "cpu":
+        return False
+    return x.dtype.itemsize > 2 or thin_dtype(x, *part.factors()) != x.dtype
+
+
 def add_up(rows: Tensor, z: Tensor, b: Tensor, scale: float) -> None:
     """`rows += scale z b`, in z's precision."""
     if z.dtype == rows.dtype:
