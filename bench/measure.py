@@ -12,7 +12,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -67,16 +67,28 @@ def interleaved(
     repeats: int,
     threads: int,
     take: Callable[[str, Mapping[str, Any], int], dict[str, Any]] = sample,
+    references: Sequence[str] = (),
+    every: int = 12,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Every side once, then every side again, ...: a drift of the machine's speed meets all of them."""
+    """Every side once, then every side again, ...: a drift of the machine's speed meets all of them.
+
+    Sides of `references` are measured again before every `every` others and at the end: among a hundred sides a repeat
+    takes so long that the machine is another one by its end. Each sample carries its `turn`, for `nearest`.
+    """
     samples: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
-    for repeat in range(repeats):
-        for name, settings in sides.items():
-            if samples[name] and "error" in samples[name][0]:
-                continue
-            samples[name].append(take(module, settings, threads))
-            print(f"  {repeat + 1}/{repeats} {name}: {brief(samples[name][-1])}", file=sys.stderr, flush=True)
+    others = [name for name in sides if name not in references]
+    order = [name for at in range(0, len(others), every) for name in (*references, *others[at : at + every])]
+    for turn, name in enumerate([*order * repeats, *references]):
+        if samples[name] and "error" in samples[name][0]:
+            continue
+        samples[name].append(take(module, sides[name], threads) | {"turn": turn})
+        print(f"  {turn} of {len(order) * repeats} {name}: {brief(samples[name][-1])}", file=sys.stderr, flush=True)
     return samples
+
+
+def nearest(samples: Iterable[Mapping[str, Any]], references: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """For each sample the one of a reference that was measured nearest to it."""
+    return [min(references, key=lambda one: abs(one["turn"] - sample["turn"])) for sample in samples]
 
 
 def brief(result: Mapping[str, Any]) -> str:

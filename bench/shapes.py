@@ -1,4 +1,4 @@
-"""`make bench ONLY=shapes`: the step of LoRA over the frozen base's, PEFT's and full fine-tuning's, four times."""
+"""`make bench ONLY=shapes`: LoRA's step over the frozen base's, PEFT's and full fine-tuning's, on several bases."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from .step import LEAN_LOSS, SHAPES, rows, sides
 
 # The base and its batch: examples, tokens of each.
 CASES: tuple[tuple[str, int, int], ...] = (
-    ("small", 16, 128), ("wide", 4, 128), ("wide", 16, 128), ("llama-1b-block", 16, 128),
+    ("small", 1, 64), ("small", 16, 128), ("wide", 4, 128), ("wide", 16, 128), ("wide", 16, 512),
+    ("llama-1b-block", 16, 128),
 )  # fmt: skip
 SIDES = ("frozen", "full", "ours lora", "peft lora", f"ours {LEAN_LOSS}")
 COLUMNS = {
@@ -36,7 +37,7 @@ def cases(quick: bool) -> dict[str, dict[str, Any]]:
 
 def table(record: dict[str, Any]) -> str:
     """The Markdown table of a record."""
-    lines = heading("LoRA's training step on four bases", record)
+    lines = heading("LoRA's training step on several bases and batches", record)
     lines += [
         "Rank 8 on all linear layers of a Llama in bfloat16. Medians over repeats (least to greatest). Time over the "
         "frozen base's forward and backward; saved bytes are what autograd keeps for backward beyond parameters.",

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from . import measure, picture
-from .measure import RESULTS, forked, interleaved, median, ratio, write
+from .measure import RESULTS, forked, interleaved, median, nearest, ratio, write
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NORMS = ["input_layernorm", "post_attention_layernorm"]
@@ -117,7 +117,8 @@ def rows(samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         kind, _, slug = name.partition(" ")
         if kind not in ("ours", "full"):
             continue
-        row: dict[str, Any] = {"frozen": ratio(mine, samples["frozen"], "seconds"), "seconds": median(mine, "seconds")}
+        frozen = nearest(mine, samples["frozen"])
+        row: dict[str, Any] = {"frozen": ratio(mine, frozen, "seconds"), "seconds": median(mine, "seconds")}
         if "error" in mine[0]:
             row["error"] = mine[0]["error"]
         for figure in ("saved_bytes", "resident_above_base", "trainable", "cuda_peak"):
@@ -128,10 +129,10 @@ def rows(samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
                 ("saved_bytes", "full_saved"),
                 ("resident_above_base", "full_rss"),
             ):
-                row[key] = ratio(mine, samples["full"], figure)
+                row[key] = ratio(mine, nearest(mine, samples["full"]), figure)
             theirs = samples.get("peft lora" if slug == LEAN_LOSS else f"peft {slug}")
             if theirs is not None:
-                row["peft_frozen"] = ratio(theirs, samples["frozen"], "seconds")
+                row["peft_frozen"] = ratio(theirs, nearest(theirs, samples["frozen"]), "seconds")
                 row["peft"], row["peft_saved"] = ratio(mine, theirs, "seconds"), ratio(mine, theirs, "saved_bytes")
                 row["peft_resident"] = ratio(mine, theirs, "resident_above_base")
                 row["peft_error"] = theirs[0].get("error")
@@ -163,7 +164,8 @@ def table(record: dict[str, Any]) -> str:
         f"{record['machine']['device']}, {record['threads']} threads, {record['repeats']} repeats, "
         f"{record['machine']['date']}, {record['machine']['versions']}; `{record['command']}`",
         "",
-        "Medians over repeats (least to greatest). Time over the frozen base's forward and backward; saved bytes are "
+        "Medians over repeats (least to greatest), over the frozen base and full fine-tuning as measured nearest in "
+        "time. Time over the frozen base's forward and backward; saved bytes are "
         "what autograd keeps for backward beyond parameters. On CPUs the C library "
         + ("keeps what a step frees, as while `tune` trains." if shape.get("freed") == "kept" else "is left as it is."),
         "",
@@ -197,6 +199,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="wide")
     parser.add_argument("--methods", nargs="*")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--warm", type=int, default=2, help="steps before those that are measured")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--layers", type=int, help="instead of the shape's")
@@ -204,11 +207,12 @@ def main() -> None:
     freed = "whether the C library keeps what a step frees, as while `tune` trains, on every side"
     parser.add_argument("--freed", choices=("kept", "returned"), default="returned", help=freed)
     options = measure.chosen(parser, methods=["lora"], steps=2)
-    names = ("steps", "batch", "tokens", "dtype", "freed")
+    names = ("steps", "warm", "batch", "tokens", "dtype", "freed")
     settings = SHAPES[options.shape] | {name: getattr(options, name) for name in names}
     settings |= {"layers": options.layers} if options.layers else {}
     chosen = sides(settings, options.methods)
-    samples = interleaved("bench.step_worker", chosen, options.repeats, options.threads, forked)
+    references = ("frozen", "full")
+    samples = interleaved("bench.step_worker", chosen, options.repeats, options.threads, forked, references)
     found = rows(samples)
     means = {"time over PEFT's": _mean(found, "peft"), "saved bytes over PEFT's": _mean(found, "peft_saved")}
     means = {name: mean for name, mean in means.items() if mean is not None}

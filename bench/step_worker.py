@@ -163,9 +163,9 @@ def batch_of(settings: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids.to(device()), "labels": ids.to(device())}
 
 
-def timed(step: Callable[[], None], steps: int, loaded: int) -> dict[str, Any]:
-    """Median seconds of a step after two that warm up, and the resident set above `loaded` bytes meanwhile."""
-    for _ in range(2):
+def timed(step: Callable[[], None], steps: int, loaded: int, warm: int = 2) -> dict[str, Any]:
+    """Median seconds of a step after `warm` others, and the resident set above `loaded` bytes meanwhile."""
+    for _ in range(warm):
         step()
     watcher = Resident()
     watcher.start()
@@ -188,7 +188,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     side = adapt(model, settings, batch)
     side.called.train()
     with _allocator(settings):
-        figures = timed(stepper(side, settings, batch), settings["steps"], loaded)
+        figures = timed(stepper(side, settings, batch), settings["steps"], loaded, settings.get("warm", 2))
     figures |= {
         "saved_bytes": saved(side, lambda: loss_of(side, settings, batch)),
         "trainable": sum(parameter.numel() for parameter in side.parameters),

@@ -8,7 +8,19 @@ from typing import Any
 
 import pytest
 
-from bench import finished, finished_worker, growth, growth_worker, picture, run, run_worker, shapes, step, step_worker
+from bench import (
+    finished,
+    finished_worker,
+    growth,
+    growth_worker,
+    measure,
+    picture,
+    run,
+    run_worker,
+    shapes,
+    step,
+    step_worker,
+)
 from bench.measure import heading, machine, ratio
 
 SIZE = {"hidden": 32, "inner": 64, "layers": 1, "heads": 2, "kv_heads": 2, "vocabulary": 128}
@@ -42,11 +54,21 @@ def test_lora_on_several_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     label, settings = next(iter(shapes.cases(quick=True).items()))
     sides = {name: one for name, one in step.sides(settings, ["lora"]).items() if name in shapes.SIDES}
     assert len(sides) == len(shapes.SIDES)
-    rows = step.rows({name: [step_worker.measure(one)] for name, one in sides.items()})
+    rows = step.rows(measure.interleaved("", sides, 1, 1, lambda _, side, __: step_worker.measure(dict(side))))
     found = record(rows={label: rows})
     assert shapes.table(found).count(f"| {label}") == 2
     picture.shapes(found, tmp_path / "shapes.png")
     assert (tmp_path / "shapes.png").stat().st_size > 10_000
+
+
+def test_references_are_measured_again_and_the_nearest_counts() -> None:
+    seconds = iter(range(100))
+    sides = {"frozen": {}, "a": {}, "b": {}, "c": {}}
+    samples = measure.interleaved("", sides, 2, 1, lambda *_: {"seconds": next(seconds)}, ("frozen",), every=2)
+    taken = {name: [one["seconds"] for one in found] for name, found in samples.items()}
+    assert taken == {"frozen": [0, 3, 5, 8, 10], "a": [1, 6], "b": [2, 7], "c": [4, 9]}
+    near = {name: [one["seconds"] for one in measure.nearest(samples[name], samples["frozen"])] for name in "abc"}
+    assert near == {"a": [0, 5], "b": [3, 8], "c": [3, 8]}
 
 
 @pytest.mark.parametrize("side", ["ours", "peft"])
