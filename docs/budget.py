@@ -1,7 +1,7 @@
 """What every weight delta costs and gains on one base, as a table: `python docs/budget.py`.
 
 The base is the shipped decoder, the task its docstrings: 20 steps of 4 rows, every method at its own defaults and its
-own learning rate, rank 8 wherever a method has a rank, the same rows in the same order for all methods of a seed. The
+own learning rate, rank 8 where the default is more, the same rows in the same order for all methods of a seed. The
 loss is that of the same held-out completions. Each run's figures are kept in `docs/budget.json` as they come, so that
 an interrupted call goes on where it stopped; `--again SLUG ...` throws a method's figures away.
 """

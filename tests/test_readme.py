@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import runpy
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,27 @@ def test_the_table_of_methods_is_the_registry() -> None:
     assert catalogue["written"](text) == text, "run python docs/catalogue.py"
 
 
-def test_the_python_interface_runs_as_printed(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/using.md"])
+def test_the_python_interface_runs_as_printed(page, tmp_path, monkeypatch) -> None:
     pytest.importorskip("peft")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    from deltaworks.core import registry
+
+    registry.methods()
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))  # what a page registers goes with the test
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks
     monkeypatch.chdir(tmp_path)
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+        module = types.ModuleType("a_page")
+        monkeypatch.setitem(sys.modules, "a_page", module)
+        exec(compile(block, page, "exec"), module.__dict__)
+
+
+def test_every_option_that_the_pages_name_exists() -> None:
+    shown = " ".join(path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
+    sources = " ".join(path.read_text() for path in sorted((ROOT / "deltaworks").rglob("*.py")))
+    sources += " ".join(path.read_text() for path in sorted((ROOT / "bench").glob("*.py")))
+    sources += " ".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.py")))
+    for option in sorted(set(re.findall(r"(?<![\w-])--([a-z][a-z-]+[a-z])", shown))):
+        declared = f"--{option}" in sources or re.search(rf"\b{option.replace('-', '_')}\b\s*[:=]", sources)
+        assert declared or option in ("no-layers",), option

@@ -25,6 +25,9 @@ def command(**given: Any) -> None:
     [dim]deltaworks compare --methods lowrank --budget params=100k --seeds 5 --jobs 4[/] ·
     [dim]deltaworks compare studies/nursery.yaml --output runs/nursery[/]
     """
+    from ..study import needs
+
+    needs("compare", "matplotlib", "plotly")
     from ..study.compare import compare
     from ..study.engine import Runner
     from ..study.pages import save

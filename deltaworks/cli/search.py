@@ -31,6 +31,9 @@ def command(**given: Any) -> None:
     [dim]deltaworks search task.yaml --start-from runs/search[/] ·
     [dim]deltaworks tune runs/search/pareto/01-lora.yaml[/]
     """
+    from ..study import needs
+
+    needs("search", "matplotlib", "optuna", "plotly", "scipy")
     from ..study.engine import Runner
     from ..study.search import search
     from ..study.search_pages import save

@@ -45,6 +45,24 @@ def ones(*shape: int) -> Tensor:
     return torch.ones(*shape)
 
 
+def svd_lowrank(matrix: Tensor, rank: int, niter: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U (`... x out x rank`), S and V (`... x in x rank`), as `torch.svd_lowrank` with `q = rank` finds them.
+
+    torch draws where the matrix is, from a generator that nobody seeds; here subspace iteration begins with a random
+    matrix of the CPU's (Halko, Martinsson & Tropp 2011, arXiv:0909.4061, algorithms 4.4 and 5.1).
+    """
+    if matrix.shape[-2] < matrix.shape[-1]:  # of a tall matrix, as torch does: the same draws give the same factors
+        v, s, u = svd_lowrank(matrix.mT, rank, niter)
+        return u, s, v
+    probe = torch.randn(matrix.shape[-1], rank, dtype=matrix.dtype, device="cpu").to(matrix.device)
+    q = torch.linalg.qr(matrix @ probe).Q
+    for _ in range(niter):
+        q = torch.linalg.qr(matrix.mT @ q).Q
+        q = torch.linalg.qr(matrix @ q).Q
+    u, s, vh = torch.linalg.svd(q.mT @ matrix, full_matrices=False)
+    return q @ u, s, vh.mT
+
+
 def seed_for(seed: int, weight: Weight) -> int:
     """A seed of its own for every weight of a model; the experts of one stack have theirs in common."""
     rows = weight.rows[0] if weight.rows else 0

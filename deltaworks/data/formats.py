@@ -77,7 +77,7 @@ def recognise(names: Sequence[str]) -> tuple[Format, dict[str, str]]:
     raise ValueError(
         f"columns {', '.join(names) or '(none)'} are no known format; known are "
         + "; ".join(f"{f.name} ({', '.join(f.columns)})" for f in FORMATS.values())
-        + "; name yours with columns={'prompt': 'your column', ...} or --columns prompt=your_column"
+        + "; name yours with columns={'prompt': 'your column', ...} or --column prompt=your_column"
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model.anatomy import Anatomy, describe
 from .running import Batch, moved, untouched
 
 
@@ -86,7 +87,8 @@ def second_moments(
         diagonal: keep mean squares only.
         per_pass: how many modules are measured at a time; None for all in one pass. With 1, memory is that of one
             module's moment, and time as many passes.
-        answers: count only tokens with a label (not -100).
+        answers: count only tokens with a label (not -100). Of a model that reads one text and writes another these
+            are the written ones, of which those without a label are padding and never count.
 
     Yields:
         path and moment, group by group; a caller that drops each keeps no more than one group.
@@ -105,7 +107,9 @@ def _one_pass(
     model: nn.Module, paths: Sequence[str], batches: Iterable[Batch], outputs: bool, diagonal: bool, answers: bool
 ) -> dict[str, SecondMoment]:
     moments: dict[str, SecondMoment] = {}
-    visible: list[Tensor | None] = [None]
+    base = describe(model)
+    writing = {path: base.is_encoder_decoder and _writes(base, path) for path in paths}
+    visible: dict[bool, Tensor | None] = {}
 
     def take(path: str, values: Any) -> None:
         x = _first(values)
@@ -113,7 +117,7 @@ def _one_pass(
             return
         if path not in moments:
             moments[path] = SecondMoment(x.shape[-1], diagonal=diagonal, device=x.device)
-        mask = visible[0]
+        mask = visible[writing[path]]
         moments[path].update(x if mask is None or mask.shape != x.shape[:-1] else x[mask.to(x.device)])
 
     handles = []
@@ -129,11 +133,12 @@ def _one_pass(
             handles.append(hook)
         with untouched(model), torch.no_grad():
             for batch in batches:
-                mask = batch.get("attention_mask")
-                visible[0] = mask.bool() if isinstance(mask, Tensor) else None
-                labels = batch.get("labels")
-                if answers and isinstance(labels, Tensor):
-                    visible[0] = labels != -100 if visible[0] is None else visible[0] & (labels != -100)
+                labelled = batch["labels"] != -100 if isinstance(batch.get("labels"), Tensor) else None
+                visible = {False: _mask(batch, "attention_mask"), True: _mask(batch, "decoder_attention_mask")}
+                if base.is_encoder_decoder:
+                    visible[True] = _both(visible[True], labelled)
+                elif answers:
+                    visible[False] = _both(visible[False], labelled)
                 model(**moved(batch, model))
     finally:
         for handle in handles:
@@ -142,6 +147,28 @@ def _one_pass(
     if missing:
         raise ValueError(f"{', '.join(missing)} read no activations: no batch was given, or the module is never called")
     return {path: moments[path] for path in paths}
+
+
+def _mask(batch: Batch, name: str) -> Tensor | None:
+    found = batch.get(name)
+    return found.bool() if isinstance(found, Tensor) else None
+
+
+def _both(mask: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if mask is None else mask if other is None else mask & other.to(mask.device)
+
+
+def _writes(base: Anatomy, path: str) -> bool:
+    """Whether a module of a model with encoder and decoder sees the tokens that are written, not those that are read."""
+    if path == base.head:
+        return True
+    if any((site.role or "") in ("cross_attention.key", "cross_attention.value", "cross_attention.kv")
+           for site in base.by_path.get(path, [])):  # fmt: skip
+        return False
+    blocks = (block for block in base.blocks if path.startswith(f"{block.path}."))
+    return any(block.stack == "decoder" for block in blocks) or any(
+        stack.name == "decoder" and path == stack.final_norm for stack in base.stacks
+    )
 
 
 def _first(values: Any) -> Tensor | None:

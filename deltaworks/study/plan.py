@@ -199,7 +199,7 @@ def warning(recipe: Recipe, prepared: Prepared | None = None) -> str | None:
         return None
     return (
         f"this run may need {shown(made.forecasts[0].peak)}, {shown(made.memory)} are free on {made.device}; "
-        f"`deltaworks plan` with the same options says what to change"
+        f"`deltaworks plan` with this base, data and method (--methods) says what to change"
     )
 
 

@@ -34,7 +34,6 @@ from torch import Tensor
 
 from .space import COUNTED, Configuration, Space
 
-SAMPLERS = ("gp", "tpe", "random")
 TAUS = torch.logspace(-4, 1, 21, dtype=torch.float64)
 """Grid over which the global scale of the prior is summed out."""
 TRIES = 300
@@ -153,7 +152,7 @@ class Valid(BaseSampler):
 
 
 def make_sampler(name: str, seed: int, startup: int) -> BaseSampler:
-    """One of `SAMPLERS`."""
+    """One of `search_spec.SAMPLERS`."""
     if name == "gp":
         return SparseGPSampler(seed=seed, n_startup_trials=max(startup, 2))
     if name == "tpe":

@@ -13,7 +13,6 @@ from ..core.registry import find, make
 from ..training import yaml_file
 from ..training.recipe import Recipe
 from .recipe_keys import FIXED, RECIPE, filled, flat, own_keys, parted, refuse_unknown
-from .samplers import SAMPLERS
 from .spec import amount
 
 PUBLISHED = ("pfeiffer", "parallel_adapter", "prefix_tuning", "lora")
@@ -24,6 +23,8 @@ FAIR_RATES = (1e-5, 1e-3)
 INSTEAD = {name: f"{name} is what is looked for; say with methods what it may be" for name in ("method", "settings")}
 COSTS = {"params": "kept", "bytes": "stored_bytes", "memory": "peak_memory_bytes", "time": "step_seconds"}
 """What is spent, and the column of a row that says so; `params` are the values in the artifact."""
+SAMPLERS = ("gp", "tpe", "random")
+"""What may propose a trial; `samplers.py` says how each does."""
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -157,9 +157,7 @@ class Recipe:
             if settings is not None and not isinstance(settings, Mapping):
                 raise ValueError(f"recipe: settings={settings!r} is not allowed; it must be a mapping")
             if settings:
-                # In YAML 1.1 the bare key `on` is the truth.
-                named = {"on" if name is True else name: value for name, value in settings.items()}
-                merged["settings"] = {**merged.get("settings", {}), **named}
+                merged["settings"] = {**merged.get("settings", {}), **settings}
         return cls(**{name: _number(name, value) for name, value in merged.items()})
 
     @classmethod

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 import deltaworks as dw
+from deltaworks.model.anatomy import describe
 from deltaworks.model.loading import load_base
 from deltaworks.statistics import second_moments
 from tests.families import FAMILIES
@@ -36,6 +39,27 @@ def test_the_start_is_the_base_and_the_rows_are_orthonormal_principal_directions
     _, exact = moments["model.layers.0.mlp.down_proj"].principal(len(found), centred=True)
     cosines = torch.linalg.svdvals(found @ exact)
     assert (1 - cosines).abs().max() < 1e-4
+
+
+def test_the_directions_capture_as_much_variance_as_an_exact_svd_of_what_was_read() -> None:
+    model, batches = data()
+    read: dict[str, list[torch.Tensor]] = {site.path: [] for site in describe(model).select(ON)}
+    for batch in batches:
+        batch["attention_mask"][1, -7:] = 0
+        shown = batch["attention_mask"].bool()
+        hooks = [
+            model.get_submodule(path).register_forward_pre_hook(lambda _, x, r=r, m=shown: r.append(x[0][m].detach()))
+            for path, r in read.items()
+        ]
+        model(**batch)
+        for hook in hooks:
+            hook.remove()
+    for part in dw.attach(model, dw.EVA(on=ON, rank=4), data=batches, seed=0).parts():
+        x = torch.cat(read[part.site.path]).double()
+        x -= x.mean(0)
+        _, values, rows = torch.linalg.svd(x, full_matrices=False)
+        assert (x @ part.a.double().T).square().sum() > 0.9999 * values[: part.rank].square().sum()
+        assert torch.linalg.svdvals(part.a.double() @ rows[: part.rank].T).min() > math.cos(0.01)
 
 
 def test_ranks_follow_explained_variance_within_the_budget() -> None:

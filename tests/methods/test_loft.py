@@ -119,6 +119,27 @@ def test_everything_else_is_stepped_by_the_optimizer_and_experts_too() -> None:
     )
 
 
+def test_what_is_not_low_rank_is_stepped_as_adamw_steps_it() -> None:
+    model, x = net(12, 8, 6)
+    tuned = dw.attach(model, dw.LoFT(on="first", rank=3), also="second", seed=0)
+    optimizer = torch.optim.AdamW(tuned.parameter_groups(0.01, weight_decay=0.1))
+    trained = [model.second.weight, model.second.bias]
+    copies = [nn.Parameter(parameter.detach().clone()) for parameter in trained]
+    twin = torch.optim.AdamW(copies, lr=0.01, weight_decay=0.1)
+    rules = tuned.run(4, optimizer=optimizer)
+    rules.emit("attached")
+    for _ in range(4):
+        optimizer.zero_grad()
+        (model(x) - 1).square().sum().backward()
+        for copy, parameter in zip(copies, trained, strict=True):
+            copy.grad = parameter.grad.clone()
+        rules.emit("gradients")
+        optimizer.step()
+        rules.emit("step_end")
+        twin.step()
+        assert all(torch.equal(copy, parameter) for copy, parameter in zip(copies, trained, strict=True))
+
+
 def test_without_an_optimizer_there_is_no_learning_rate() -> None:
     model, x = net()
     tuned = attach(model, dw.LoFT, rank=2)

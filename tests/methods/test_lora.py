@@ -144,14 +144,16 @@ def test_the_ratio_outlasts_a_scheduler() -> None:
         assert abs(fast / slow - 16) < 1e-9
 
 
-def test_a_ratio_of_one_is_plain_lora_bit_for_bit() -> None:
-    ends = []
-    for settings in ({}, {"b_lr_ratio": 1.0}):
+def test_lora_plus_at_a_ratio_of_one_trains_bit_for_bit_as_lora() -> None:
+    def trained(method: type, **settings: float) -> list[torch.Tensor]:
         model, x = net()
-        tuned = attach(model, dw.LoRA, rank=2, **settings)
+        tuned = attach(model, method, rank=2, **settings)
         list(steps(model, x, tuned, 5))
-        ends.append([p.detach().clone() for p in tuned.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+        return [p.detach().clone() for p in tuned.parameters()]
+
+    plain, one, sixteen = trained(dw.LoRA), trained(dw.LoRAPlus, b_lr_ratio=1.0), trained(dw.LoRAPlus)
+    assert all(torch.equal(a, b) for a, b in zip(plain, one, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(plain, sixteen, strict=True))
 
 
 def test_overrides_reach_the_optimizer_s_groups() -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import deltaworks as dw
+from deltaworks.core.init import svd_lowrank
 from deltaworks.methods.lowrank.pissa import split
 from deltaworks.model.anatomy import describe
 from deltaworks.model.loading import load_base
@@ -26,6 +27,19 @@ def start(**settings):
 def test_the_output_does_not_change_at_the_start() -> None:
     model, x, base, _ = start()
     assert torch.allclose(model(x), base, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-4)])
+@pytest.mark.parametrize("tokens", [5, 2000])  # on a CPU, few are multiplied in the factors' precision
+def test_nor_does_that_of_a_base_in_lower_precision(dtype: torch.dtype, bound: float, tokens: int) -> None:
+    model, _ = net(64, 48, 32)
+    model = model.to(dtype)
+    x = torch.randn(2, tokens, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    base = model(x).float()
+    attach(model, dw.PiSSA, rank=3)
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode():
+            assert (model(x).float() - base).norm() <= bound * base.norm()
 
 
 def test_the_product_is_the_best_approximation_of_the_weight() -> None:
@@ -132,3 +146,17 @@ def test_a_split_base_can_not_be_split_again_nor_one_that_is_quantised() -> None
 def bare(model: nn.Module) -> dict[str, torch.Tensor]:
     """The base's own tensors of an adapted model."""
     return {name: value for name, value in model.state_dict().items() if "deltaworks" not in name.split(".")}
+
+
+def test_the_fast_svd_is_torchs_and_its_draws_are_the_cpus() -> None:
+    for shape in ((12, 20), (20, 12)):
+        matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        torch.manual_seed(0)
+        theirs = torch.svd_lowrank(matrix, q=3, niter=2)
+        torch.manual_seed(0)
+        ours = svd_lowrank(matrix, 3, 2)
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.allclose(one, other, atol=1e-5)
+    after = torch.random.get_rng_state()
+    svd_lowrank(torch.empty(6, 4, device="meta"), 2, 1)
+    assert not torch.equal(torch.random.get_rng_state(), after), "drawn on the CPU, wherever the matrix is"

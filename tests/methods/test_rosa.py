@@ -7,6 +7,8 @@ import torch
 
 import deltaworks as dw
 from deltaworks.core.operators.low_rank_sparse import LowRankSparse, sampled
+from deltaworks.model.loading import load_base
+from deltaworks.model.weights import Weight
 from tests.families import FAMILIES
 from tests.methods.toys import nudge, saved_shapes
 
@@ -23,6 +25,28 @@ def attached(**settings):
     settings = {"rank": 4, "density": 0.02, "warmup": 3, "dropout": 0.0} | settings
     tuned = dw.attach(model, dw.RoSA(**settings), data=[batch], seed=0)
     return model, batch, base, tuned
+
+
+def batches(count: int) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(2)
+    ids = [torch.randint(5, 64, (2, 9), generator=generator) for _ in range(count)]
+    return [{"input_ids": one, "labels": one} for one in ids]
+
+
+def chosen(model: torch.nn.Module, data: list, **settings) -> dict[str, set[int]]:
+    """The entries that RoSA chooses in every weight, by name."""
+    tuned = dw.attach(model, dw.RoSA(rank=4, density=0.02, **settings), data=data, seed=0)
+    return {name: set(delta.index.tolist()) for name, delta in tuned.named_parts()}
+
+
+def gradients(model: torch.nn.Module, names: list[str], batch: dict) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return {name: model.get_parameter(name).grad.clone() for name in names}
+
+
+def largest(statistic: torch.Tensor, count: int) -> set[int]:
+    return set(statistic.abs().flatten().topk(count).indices.tolist())
 
 
 def test_the_fused_product_is_the_matrix_in_outputs_and_gradients() -> None:
@@ -67,6 +91,54 @@ def test_the_largest_gradients_of_every_layer_are_chosen(average: str) -> None:
         k = int(0.02 * gradient.numel())
         assert len(delta.values) == k
         assert set(delta.index.tolist()) == set(gradient.topk(k).indices.tolist())
+
+
+@pytest.mark.parametrize("average", ["squares", "gradients"])
+def test_over_several_batches_the_average_of_squares_is_not_the_square_of_the_average(average: str) -> None:
+    data = batches(3)
+    found = chosen(FAMILIES["llama"]()[0], data, warmup=0, batches=3, average=average)
+    plain, _ = FAMILIES["llama"]()
+    each = [gradients(plain, list(found), batch) for batch in data]
+    differ = []
+    for name, entries in found.items():
+        g = torch.stack([one[name] for one in each])
+        wanted = {"squares": g.square().mean(0), "gradients": g.mean(0)}
+        assert entries == largest(wanted.pop(average), len(entries))
+        differ.append(entries != largest(*wanted.values(), len(entries)))
+    assert any(differ)
+
+
+def test_after_the_warm_up_the_gradient_of_the_effective_weight_decides() -> None:
+    data = batches(2)
+    found = chosen(FAMILIES["llama"]()[0], data, warmup=3, warmup_lr=0.02)
+    warm, _ = FAMILIES["llama"]()
+    lora = dw.attach(warm, dw.LoRA(rank=4, alpha=16.0), seed=0)
+    optimizer = torch.optim.AdamW(lora.parameters(), lr=0.02, weight_decay=0.0)
+    for batch in (data[0], data[1], data[0]):
+        optimizer.zero_grad()
+        warm(**batch).loss.backward()
+        optimizer.step()
+    effective, base = FAMILIES["llama"]()[0], FAMILIES["llama"]()[0]
+    with torch.no_grad():
+        for name, delta in lora.named_parts():
+            effective.get_parameter(name).add_(delta.dense())
+    wanted, before = (gradients(model, list(found), data[1]) for model in (effective, base))
+    assert all(entries == largest(wanted[name], len(entries)) for name, entries in found.items())
+    assert any(entries != largest(before[name], len(entries)) for name, entries in found.items())
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_a_quantised_base_chooses_as_its_dequantised_values_do(warmup: int, tmp_path) -> None:
+    pytest.importorskip("bitsandbytes")
+    dense, _ = FAMILIES["llama"]()
+    dense.save_pretrained(tmp_path)
+    packed = load_base(tmp_path, quantize="nf4")
+    found = chosen(packed, batches(2), warmup=warmup, warmup_lr=0.02, batches=2)
+    with torch.no_grad():
+        for name in found:
+            values = Weight(packed.get_submodule(name.removesuffix(".weight"))).dense()
+            dense.get_parameter(name).copy_(values)
+    assert found == chosen(dense, batches(2), warmup=warmup, warmup_lr=0.02, batches=2)
 
 
 def test_the_warm_up_leaves_no_trace_but_the_choice() -> None:

@@ -11,6 +11,8 @@ import deltaworks as dw
 from tests.families import FAMILIES
 from tests.methods.toys import nudge
 
+ATTENTION = ["attention.query", "attention.key", "attention.value"]
+
 
 def start(on="attention.query", **settings):
     model, batch = FAMILIES["llama"]()
@@ -20,6 +22,16 @@ def start(on="attention.query", **settings):
 
 def factors(tuned: dw.Tuned) -> list[tuple]:
     return [delta.factors() for delta in tuned.parts()]
+
+
+@pytest.mark.parametrize("share", ["a", "b", "ab", "qkv"])
+def test_the_start_is_the_base(share: str) -> None:
+    model, batch, tuned = start(on=ATTENTION, share=share)
+    with dw.disable(model):
+        base = model(**batch).logits
+    assert torch.equal(model(**batch).logits, base)
+    nudge(tuned)
+    assert not torch.allclose(model(**batch).logits, base)
 
 
 @pytest.mark.parametrize(("share", "same"), [("a", (True, False)), ("b", (False, True)), ("ab", (True, True))])
@@ -74,10 +86,16 @@ def test_kinds_and_shapes_are_groups_of_their_own() -> None:
 
 
 def test_queries_keys_and_values_can_share_one_projection() -> None:
-    _, _, tuned = start(on=["attention.query", "attention.key", "attention.value", "mlp.down"], share="qkv")
+    _, _, tuned = start(on=[*ATTENTION, "mlp.down"], share="qkv")
     projections = {name.split(".")[-2]: id(delta.factors()[0]) for name, delta in tuned.named_parts()}
     assert projections["q_proj"] == projections["k_proj"] == projections["v_proj"] != projections["down_proj"]
     assert len({id(delta.factors()[1]) for delta in tuned.parts()}) == 8
+
+
+def test_one_projection_for_all_attentions_counts_once() -> None:
+    """`r d_in`, and `r d_out` for every layer's B; keys and values are half as wide as queries here."""
+    _, _, tuned = start(on=ATTENTION, share="qkv")
+    assert sum(p.numel() for p in tuned.parameters()) == 4 * 32 + 2 * 4 * (32 + 16 + 16)
 
 
 def test_fused_projections_are_told_apart() -> None:

@@ -9,7 +9,7 @@ from torch import nn
 import deltaworks as dw
 from deltaworks.core.operators.scaled import RandomPair
 from tests.methods.toys import net
-from tests.parity.twins import assert_equal, layer, twins
+from tests.parity.twins import assert_equal, close, layer, twins
 
 peft = pytest.importorskip("peft")
 BOTH = ["first", "second"]
@@ -43,6 +43,39 @@ def test_lora_fa() -> None:
     create_lorafa_optimizer(theirs, r=3, lora_alpha=5, lr=1e-3)  # freezes their A
     assert not any(p.requires_grad for n, p in theirs.named_parameters() if "lora_A" in n)
     assert_equal(ours, tuned, theirs, factors)
+
+
+def test_lora_fa_s_projected_steps() -> None:
+    """Theirs adds epsilon before it corrects the second moment's bias, torch's AdamW after: the two are made to agree.
+
+    It is large, so that the gradient's size counts in a step and not its direction alone. Weight decay is left out:
+    theirs comes after the step, AdamW's before it.
+    """
+    from peft.optimizers import create_lorafa_optimizer
+
+    method = dw.LoRAFA(on=nn.Linear, rank=3, alpha=5.0, project=True)
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=BOTH)
+    ours, tuned, theirs = twins(method, config, factors)
+    reference = create_lorafa_optimizer(theirs, r=3, lora_alpha=5, lr=0.01)
+    reference.param_groups[0]["eps"] = 0.01
+    optimizer = torch.optim.AdamW(tuned.parameter_groups(0.01), weight_decay=0.0)
+    rules = tuned.run(3, optimizer=optimizer)
+    rules.emit("attached")
+    _, x = net()
+    for step in (1, 2, 3):
+        optimizer.param_groups[0]["eps"] = 0.01 / (1 - 0.999**step) ** 0.5
+        optimizer.zero_grad()
+        reference.zero_grad()
+        ours(x).square().sum().backward()
+        theirs(x).square().sum().backward()
+        rules.emit("gradients")
+        optimizer.step()
+        rules.emit("step_end")
+        reference.step()
+        for name, part in tuned.named_parts():
+            moments = optimizer.state[part.b]["exp_avg"]
+            close(moments, reference.state[f"base_model.model.{name.split('.')[0]}.lora"]["exp_avg_B"], 1e-8)
+            close(part.b, factors(layer(theirs, name))["b"], 1e-8)
 
 
 def test_dora() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from deltaworks.model.anatomy import describe
 from deltaworks.statistics import SecondMoment, second_moments
 from tests.families import FAMILIES
 
@@ -77,3 +78,27 @@ def test_the_model_is_left_as_it_was_and_silence_is_an_error() -> None:
     with pytest.raises(ValueError, match="read no activations"):
         list(second_moments(model, ["cls.predictions.decoder"], []))
     assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("written", [5, 12])
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_what_is_read_and_what_is_written_have_padding_of_their_own(family: str, written: int) -> None:
+    model, _ = FAMILIES[family]()
+    ids = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(0))
+    shown, labels = torch.ones_like(ids), ids[:, :written].clone()
+    shown[1, 8:], labels[0, -2:] = 0, -100
+    base = describe(model)
+    stacks = {block.path: block.stack for block in base.blocks}
+
+    def of(stack: str, role: str) -> str:
+        return next(
+            site.path for site in base.sites
+            if site.role == role and site.kind == "linear" and stacks[base.blocks[site.block].path] == stack
+        )  # fmt: skip
+
+    read = [of("encoder", "attention.query"), of("encoder", "mlp.down"), of("decoder", "cross_attention.value")]
+    wrote = [of("decoder", "attention.key"), of("decoder", "cross_attention.query"), of("decoder", "mlp.up")]
+    batch = {"input_ids": ids, "attention_mask": shown, "labels": labels}
+    for answers in (False, True):
+        counts = {path: one.count for path, one in second_moments(model, read + wrote, [batch], answers=answers)}
+        assert {counts[path] for path in read} == {20} and {counts[path] for path in wrote} == {2 * written - 2}

@@ -40,6 +40,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # What is chosen from
 
 
+def test_the_documented_file_is_a_search(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "searching.md").read_text(encoding="utf-8")
+    (tmp_path / "task.yaml").write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    entries = Search.read(tmp_path / "task.yaml").entries()
+    assert entries[-1] == {"method": "lora", "sizes": [2, 4, 8, 16], "settings": {"on": "attention"}}
+
+
+@pytest.mark.parametrize("command", ["search", "compare"])
+def test_what_is_not_installed_is_said_before_anything_runs(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("deltaworks.study.find_spec", lambda name: None if name == "plotly" else name)
+    monkeypatch.setattr(Runner, "__init__", lambda *_: pytest.fail("a run was begun"))
+    with pytest.raises(SystemExit):
+        main([command, "--output", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert said.strip() == f"deltaworks: {command} needs plotly: pip install 'deltaworks[study]'"
+
+
 def space_of(family: str, entries: list[dict[str, Any]], **given: Any) -> Space:
     model, _ = FAMILIES[family]()
     return make_space(entries, model.to("meta"), **{"layers": True, "rates": None, "labelled": False} | given)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...core import fields
 from ...core.attach import find_state, install
+from ...core.init import svd_lowrank
 from ...core.method import Placed, WeightMethod, label, weight_at
 from ...core.operators.low_rank import LowRank
 from ...core.registry import method
@@ -47,7 +48,7 @@ class PiSSA(WeightMethod):
             u, s, vh = torch.linalg.svd(dense, full_matrices=False)
             u, s, v = u[:, :rank], s[:rank], vh[:rank].T
         else:
-            u, s, v = torch.svd_lowrank(dense, q=rank, niter=self.niter)
+            u, s, v = svd_lowrank(dense, rank, self.niter)
         root = (s / self.scale).sqrt()
         return (v * root).T.contiguous(), u * root
 

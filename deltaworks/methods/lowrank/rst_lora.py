@@ -4,13 +4,17 @@ y = W x + s B A ((1 + gamma) * x),  s = alpha / rank: tokens of a long document 
 important weigh more in the branch; the base sees them as they are. A parser gives p(i, j, k), the probability that
 unit i is the nucleus of unit j under relation k; `importance_of` turns it into one gamma a unit (`wo`) or one a
 relation (`w`, each for a contiguous group of input features), from probabilities (`p`) or from p >= 0.5 (`b`);
-`spread` gives every token its unit's. Which layers, the order of binarising, and the groups are not in the paper; no
-code is published.
-Hand gamma to the model with the batch: `with importance(tuned, gamma): model(**batch)`, backward included.
+`spread` gives every token its unit's. Which layers (here q and v), whether binary comes before the mean (it does), how
+relations become groups of features (in order) and what decoders have (gamma = 0) are not in the paper; no code is
+published.
+gamma comes with the batch: `model(**batch, importance=gamma)` or `model(**batch, parse=p, units=units)`, of which
+`variant` makes it; where a call cannot carry it, as in generation, `with importance(tuned, gamma): ...`. `aligned`
+finds the tokens of a parse's units, `overlap` stands in for a parser. Without gamma it trains as LoRA does, and says so.
 Use it for summarising long documents that come with a discourse parse, or with any weight of tokens.
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,14 +24,34 @@ from torch import Tensor
 from ...core import fields
 from ...core.init import kaiming, zeros
 from ...core.method import Placed, WeightMethod
-from ...core.operators.weighted import Importance, Weighted
+from ...core.operators.weighted import (
+    VARIANTS,
+    Bearer,
+    Importance,
+    Weighted,
+    aligned,
+    gamma_of,
+    importance_of,
+    overlap,
+    spread,
+)
 from ...core.part import Shared
 from ...core.registry import method
+from ...core.rule import Rule, Run
 from ...core.tuned import Tuned
-from ...model.anatomy import Anatomy
+from ...model.anatomy import Anatomy, Site
 from ...model.weights import Weight
 
-VARIANTS = ("p_w", "p_wo", "b_w", "b_wo")
+__all__ = ["RSTLoRA", "aligned", "importance", "importance_of", "overlap", "spread"]
+
+
+class Unweighed(Rule):
+    """Warns behind the first step when no token was weighed in it."""
+
+    def step_end(self, run: Run) -> None:
+        found = run.tuned.state.adapters[run.tuned.name].shared["importance"]
+        if run.step == 1 and isinstance(found, Importance) and not found.weighed:
+            warnings.warn("rst_lora: the batch brought no importance of its tokens, so it trains as lora", stacklevel=2)
 
 
 @method("rst_lora", paper="2405.00657", family="lowrank")
@@ -58,6 +82,13 @@ class RSTLoRA(WeightMethod):
             if isinstance(placed.part, Weighted) and behind:
                 placed.part.reads = False
             yield placed
+        whole = Site("", role=None, kind="other", parameter=None)
+        importance = shared["importance"]
+        assert isinstance(importance, Importance)
+        yield Placed(whole, Bearer(importance, self.variant), "importance")
+
+    def rules(self) -> list[Rule]:
+        return [Unweighed()]
 
     def delta(self, weight: Weight, **given: Any) -> Weighted:
         a, b = kaiming(self.rank, weight.fan_in), zeros(weight.fan_out, self.rank)
@@ -69,7 +100,7 @@ class RSTLoRA(WeightMethod):
 
 @contextlib.contextmanager
 def importance(tuned: Tuned, gamma: Tensor | None) -> Iterator[None]:
-    """Within the block the adapter weighs tokens by `1 + gamma`.
+    """Within the block the adapter weighs tokens by `1 + gamma`, whatever the calls bring.
 
     Args:
         tuned: an `rst_lora` adapter.
@@ -81,40 +112,8 @@ def importance(tuned: Tuned, gamma: Tensor | None) -> Iterator[None]:
     shared = tuned.state.adapters[tuned.name].shared.get("importance")
     if not isinstance(shared, Importance):
         raise ValueError(f"{tuned.method.slug} does not weigh tokens; importance is for rst_lora")
-    if gamma is not None and (gamma.dim() not in (2, 3) or bool((gamma < 0).any())):
-        raise ValueError("importance is batch x tokens, or batch x tokens x groups, and never negative")
-    before, shared.gamma = shared.gamma, gamma
+    before, shared.gamma = shared.gamma, gamma_of(gamma, None, None, "p_w")
     try:
         yield
     finally:
         shared.gamma = before
-
-
-def importance_of(p: Tensor, variant: str) -> Tensor:
-    """gamma of every unit of a document from its parse.
-
-    Args:
-        p: `units x units x relations`, probability that the first is the nucleus of the second.
-        variant: of `VARIANTS`.
-
-    Returns:
-        `units x relations` for variants with relations, `units` without.
-    """
-    if variant not in VARIANTS or p.dim() != 3 or p.shape[0] != p.shape[1]:
-        raise ValueError(f"a parse is units x units x relations and a variant one of {', '.join(VARIANTS)}")
-    kind, relations = variant.split("_")
-    values = (p >= 0.5).to(p.dtype) if kind == "b" else p
-    values = values * (1 - torch.eye(len(p), dtype=p.dtype, device=p.device)).unsqueeze(-1)
-    mean = values.mean(1)
-    return mean if relations == "w" else mean.mean(-1)
-
-
-def spread(values: Tensor, units: Tensor) -> Tensor:
-    """Every token's gamma: that of its unit.
-
-    Args:
-        values: `units` or `units x relations`.
-        units: `tokens`, index of each token's unit; -1 for a token without one, which gets 0.
-    """
-    found = values[units.clamp(min=0)]
-    return torch.where((units < 0).view(-1, *[1] * (found.dim() - 1)), 0, found)
