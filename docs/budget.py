@@ -3,7 +3,8 @@
 The base is the shipped decoder, the task its docstrings: 20 steps of 4 rows, every method at its own defaults and its
 own learning rate, rank 8 where the default is more, the same rows in the same order for all methods of a seed. The
 loss is that of the same held-out completions. Each run's figures are kept in `docs/budget.json` as they come, so that
-an interrupted call goes on where it stopped; `--again SLUG ...` throws a method's figures away.
+an interrupted call goes on where it stopped; `--again SLUG ...` throws a method's figures away, `--again` alone those
+of every method's first seed, with which costs are measured.
 """
 
 from __future__ import annotations
@@ -92,6 +93,8 @@ def run(slug: str, seed: int, work: Work) -> dict[str, Any]:
     for _ in range(STEPS):
         rules.step(partial(_loss, model, next(batches)))
     rules.emit("finished")
+    if seed == 0:
+        result["stored"] = stored(model)
     return result | {"loss": work.loss(model)}
 
 
@@ -100,7 +103,7 @@ def _loss(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
 
 
 def costs(model: nn.Module, tuned: Any, batch: dict[str, Any], work: Work) -> dict[str, Any]:
-    """Parameters, bytes on disk, and bytes kept for backward per token beyond the frozen base's."""
+    """Parameters, and bytes kept for backward per token beyond the frozen base's, as training begins."""
     frozen = copy.deepcopy(work.model).requires_grad_(False)
     embedded = frozen.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
     rest = {key: value for key, value in batch.items() if key != "input_ids"}
@@ -109,14 +112,17 @@ def costs(model: nn.Module, tuned: Any, batch: dict[str, Any], work: Work) -> di
     model.train()
     forward_only = any(rule.owns_step for rule in tuned.rules)
     above = 0 if forward_only else saved_bytes(model, lambda: model(**batch).loss)
-    with tempfile.TemporaryDirectory() as folder:
-        dw.save(model, folder)
-        stored = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
     return {
         "trainable": sum(parameter.numel() for parameter in tuned.parameters()),
-        "stored": stored,
         "saved_per_token": (above - below) / tokens,
     }
+
+
+def stored(model: nn.Module) -> int:
+    """Bytes of the finished adapter's tensors on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        dw.save(model, folder)
+        return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
 def page(record: dict[str, Any]) -> str:
@@ -127,7 +133,8 @@ def page(record: dict[str, Any]) -> str:
         f"The shipped decoder ({record['base']['parameters']:,} parameters, float32), {STEPS} steps of {ROWS} rows of "
         f"its docstrings, every method at its own defaults and learning rate, at rank 8 if by default above, "
         f"without dropout. Loss: of {HELD_OUT} held-out completions after training, mean over {SEEDS} seeds with the "
-        f"95 % interval of the mean; the untouched base has {record['base']['loss']:.3f}. Saved: bytes that autograd "
+        f"95 % interval of the mean; the untouched base has {record['base']['loss']:.3f}. Trainable: values that train "
+        "when training begins; stored: the finished adapter's tensors. Saved: bytes that autograd "
         "keeps for backward, per token, beyond what it keeps for the frozen base (below zero: the method needs no "
         "gradient in the first layers). Written by `python docs/budget.py`.",
         "",
@@ -161,12 +168,14 @@ def page(record: dict[str, Any]) -> str:
 def main() -> None:
     """Run what is missing and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--again", nargs="*", default=[])
+    parser.add_argument("--again", nargs="*")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     record: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {"runs": {}}
-    for slug in options.again:
+    for slug in options.again or []:
         record["runs"].pop(slug, None)
+    for runs in record["runs"].values() if options.again == [] else ():
+        runs.pop("0", None)
     work = Work()
     size = sum(parameter.numel() for parameter in work.model.parameters())
     record["base"] = {"parameters": size, "loss": work.loss(work.model)}

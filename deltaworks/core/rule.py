@@ -77,11 +77,13 @@ class Rule:
 
     Class attributes:
         owns_step: the rule replaces forward, backward and optimizer step by `own_step`.
+        sees_gradients: it looks at gradients or at what an optimizer makes of them, which must not be scaled then.
         memory: attributes that must survive a restart, `held.smoothed` for one of an object that the rule holds; each
             is a generator, a tensor, a plain value or a container of them, kept under the last piece of its name.
     """
 
     owns_step: ClassVar[bool] = False
+    sees_gradients: ClassVar[bool] = True
     memory: ClassVar[tuple[str, ...]] = ()
 
     def attached(self, run: Run) -> None:

@@ -52,7 +52,7 @@ class Change:
     """Something to do so that a run fits, and what it would need then.
 
     Attributes:
-        what: as an option of `deltaworks tune`, such as `--checkpointing`.
+        what: as an option of `deltaworks tune`, such as `--checkpointing`, or another `--method`.
         peak: bytes.
         fits: whether that is enough.
         time: of a step over the frozen base's step before the change; None where that is not known.
@@ -171,6 +171,12 @@ def plan(
     lengths = _lengths(prepared, recipe) if prepared is not None and texts else None
     site = _Site(place, task, recipe, device, prepared)
     work = _work(task, recipe, lengths, site.config)
+    if lengths is not None and work.padded and task == "causal-lm":
+        # Rows of several examples, as many of these in a step as before, without the padding.
+        length = _work(task, recipe, None, site.config).length
+        rows = math.ceil(lengths.tokens / length)
+        if rows * length < work.batch_size * work.length:
+            site.packed = replace(work, batch_size=rows, length=length, padded=False, packed=True)
     chosen = [recipe.made()] if methods is None else list(methods)
     forecasts: list[Forecast] = []
     reasons: dict[str, str] = {}
@@ -180,6 +186,9 @@ def plan(
             forecasts.append(_forecast(method, site, work, recipe, memory, search))
         except Exception as failure:  # what a page or a model needs that shapes cannot give is no fault of the rest
             reasons[method.slug] = _line(failure)
+    if search and memory is not None and forecasts and not any(one.fits for one in forecasts):
+        leaner = tuple(_leaner({method.slug for method in chosen}, site, work, recipe, memory))
+        forecasts = [replace(one, changes=one.changes + leaner) for one in forecasts]
     return Plan(
         base=recipe.base, parameters=site.parameters, work=work, lengths=lengths, device=device, memory=memory,
         forecasts=tuple(forecasts), reasons=reasons,
@@ -263,7 +272,13 @@ def _work(task: str, recipe: Recipe, lengths: Lengths | None, config: Any) -> Wo
 
 
 class _Site:
-    """The base on shapes, in whatever dtype and form a method takes it."""
+    """The base on shapes, in whatever dtype and form a method takes it.
+
+    Attributes:
+        packed: the batch's examples without padding, where that is less.
+    """
+
+    packed: Work | None = None
 
     def __init__(self, place: str, task: str, recipe: Recipe, device: str, prepared: Prepared | None) -> None:
         self.place, self.task, self.recipe, self.device = place, task, recipe, device
@@ -366,6 +381,9 @@ def _forecast(
                 changes.append(change(what, at(replace(work, batch_size=size)), passes))
             if not recipe.checkpointing and getattr(model, "supports_gradient_checkpointing", False):
                 changes.append(change("--checkpointing", at(work, True)))
+            if site.packed is not None:
+                what = f"--packing --batch-size {site.packed.batch_size}"
+                changes.append(change(what, at(site.packed)))
             if work.task != "image-classification" and work.length >= 64:
                 half = work.length // 2
                 changes.append(change(f"--max-length {half}", at(replace(work, length=half))))
@@ -413,6 +431,18 @@ def _quantised(
                     return
     except Exception:  # a method that trains the base's own weights cannot
         return
+
+
+def _leaner(planned: set[str], site: _Site, work: Work, recipe: Recipe, memory: int) -> Iterator[Change]:
+    """Methods of other kinds that fit as they are, the leanest first."""
+    found = []
+    for slug in USUAL:
+        if slug not in planned:
+            with contextlib.suppress(Exception):  # what cannot be planned is not advised
+                found.append(_forecast(make(slug), site, work, recipe, memory, search=False))
+    for one in sorted(found, key=lambda one: one.peak):
+        if one.fits:
+            yield Change(what=f"--method {one.method}", peak=one.peak, fits=True, time=None)
 
 
 def _installed(package: str) -> bool:

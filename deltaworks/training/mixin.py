@@ -97,8 +97,8 @@ class DeltaworksMixin(_Base):
         handle = self.tuned
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         self._rules = Rules(handle.rules, Run(handle, optimizer, 0, self.state.max_steps, self.args.seed))
-        if self._rules.rules and self.args.fp16 and self.accelerator.scaler is not None:
-            names = ", ".join(type(rule).__name__ for rule in self._rules.rules)
+        names = ", ".join(type(rule).__name__ for rule in self._rules.rules if rule.sees_gradients)
+        if names and self.args.fp16 and self.accelerator.scaler is not None:
             raise ValueError(f"fp16=True scales the gradients that {names} would see; train in bf16 or float32")
         self._rules.emit("attached")
 

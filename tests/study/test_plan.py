@@ -251,6 +251,35 @@ def test_changes_are_predicted_as_they_come_out(place) -> None:
     assert changes["--checkpointing"].time > lora.time
 
 
+def test_a_leaner_method_is_named_where_none_fits(place) -> None:
+    options = {"base": place("llama"), "max_length": LENGTH, "batch_size": 8}
+    room = 5 << 20
+    found = plan(Recipe.of(options), [make("lora")], memory=room).forecasts[0]
+    leaner = {change.what: change for change in found.changes if change.what.startswith("--method")}
+    assert not found.fits and "--method mezo" in leaner and "--method full" not in leaner
+    for what, change in leaner.items():
+        alone = plan(Recipe.of(options), [make(what.split()[1])], search=False).forecasts[0]
+        assert change.fits and change.peak == alone.peak <= room
+    both = plan(Recipe.of(options), [make("lora"), make("mezo")], memory=room)
+    assert both.fitting and not any(change.what.startswith("--method") for change in both.forecasts[0].changes)
+
+
+def test_packing_is_advised_where_padding_is_what_does_not_fit() -> None:
+    from deltaworks.training.tune import read_data
+
+    options = {"base": "nursery:decoder", "data": "nursery:docstrings", "limit": 400, "batch_size": 16}
+    recipe = Recipe.of(options | {"max_length": 256})
+    prepared = read_data(recipe)[3]
+    free = plan(recipe, [make("lora")], prepared=prepared, search=False).forecasts[0].peak
+    found = plan(recipe, [make("lora")], prepared=prepared, memory=int(0.9 * free)).forecasts[0]
+    packed = next(change for change in found.changes if change.what.startswith("--packing"))
+    rows = int(packed.what.split()[-1])
+    assert rows < 16 and packed.peak < free
+    again = Recipe.of(options | {"packing": True, "batch_size": rows, "max_length": 256})
+    alone = plan(again, [make("lora")], prepared=read_data(again)[3], search=False).forecasts[0]
+    assert packed.peak == pytest.approx(alone.peak, rel=0.05)
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4", "nf4"])
 def test_a_quantised_base_is_as_large_as_it_is_stored(kind: str, tmp_path) -> None:
     pytest.importorskip("torchao" if kind != "nf4" else "bitsandbytes")

@@ -48,6 +48,8 @@ __all__ = ["RSTLoRA", "aligned", "importance", "importance_of", "overlap", "spre
 class Unweighed(Rule):
     """Warns behind the first step when no token was weighed in it."""
 
+    sees_gradients = False
+
     def step_end(self, run: Run) -> None:
         found = run.tuned.state.adapters[run.tuned.name].shared["importance"]
         if run.step == 1 and isinstance(found, Importance) and not found.weighed:
