@@ -20,7 +20,9 @@ COLUMNS = {
     "time / full": "full",
     "time / PEFT": "peft",
     "saved / PEFT": "peft_saved",
+    "resident / PEFT": "peft_resident",
     "saved / full": "full_saved",
+    "resident / full": "full_rss",
 }
 
 

@@ -149,8 +149,10 @@ COLUMNS = {
     "time / full": "full",
     "time / PEFT": "peft",
     "saved / PEFT": "peft_saved",
+    "resident / PEFT": "peft_resident",
     "time / LyCORIS": "lycoris",
     "saved / full": "full_saved",
+    "resident / full": "full_rss",
 }
 
 
@@ -165,8 +167,8 @@ def table(record: dict[str, Any]) -> str:
         f"{record['machine']['date']}, {record['machine']['versions']}; `{record['command']}`",
         "",
         "Medians over repeats (least to greatest), over the frozen base and full fine-tuning as measured nearest in "
-        "time. Time over the frozen base's forward and backward; saved bytes are "
-        "what autograd keeps for backward beyond parameters. On CPUs the C library "
+        "time. Time over the frozen base's forward and backward; saved bytes are what autograd keeps for backward "
+        "beyond parameters; resident is the most memory above that of the loaded base. On CPUs the C library "
         + ("keeps what a step frees, as while `tune` trains." if shape.get("freed") == "kept" else "is left as it is."),
         "",
         f"| method | {' | '.join(COLUMNS)} | saved MB |",

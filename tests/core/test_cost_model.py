@@ -3,6 +3,7 @@ cheaper one where it matters."""
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import deltaworks as dw
 from deltaworks.core.graft import graft_of
-from deltaworks.core.operators import effective
+from deltaworks.core.operators import effective, low_rank
 from deltaworks.core.operators.effective import Built
 from deltaworks.core.part import Delta
 from tests.conformance.subject import METHODS, adapted
@@ -67,6 +68,23 @@ def test_every_path_gives_the_same_output_and_gradients(slug: str) -> None:
         for other in others:
             for one, two in zip(through, other, strict=True):
                 assert (one - two).abs().max() <= 1e-9 * max(1, one.abs().max())
+
+
+@pytest.mark.parametrize("few", [low_rank.FEW, 0], ids=["few", "many"])
+@pytest.mark.parametrize("slug", METHODS)
+def test_every_path_is_as_near_in_half_precision(monkeypatch: pytest.MonkeyPatch, slug: str, few: int) -> None:
+    monkeypatch.setattr(low_rank, "FEW", few)
+    model, _, _ = adapted(slug, dtype=torch.bfloat16)
+    model.eval()
+    exact = copy.deepcopy(model).double()
+    for (layer, delta), (twin, same) in zip(places(model), places(exact), strict=True):
+        x = torch.randn(2, 7, layer.in_features, generator=torch.Generator().manual_seed(3)).bfloat16()
+        wanted = passed(twin, same, x.double(), side=False, by_hand=False)
+        paths = [passed(layer, delta, x, side=True)] if delta.lean else []
+        paths += [passed(layer, delta, x, side=False, by_hand=by_hand) for by_hand in (False, True)]
+        for path in paths:
+            for one, two in zip(wanted, path, strict=True):
+                assert (one - two.double()).norm() <= 0.06 * one.norm(), (type(delta).__name__, tuple(one.shape))
 
 
 def measured(layer: nn.Linear, delta: Delta, x: Tensor, side: bool) -> float:
