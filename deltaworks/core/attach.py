@@ -206,7 +206,8 @@ def _tell_of_dropout(model: nn.Module, placed: Sequence[Placed]) -> None:
     deaf = []
     for item in placed:
         inner = item.part.inner if isinstance(item.part, PerExpert) else {}
-        if isinstance(item.part, Delta) and (getattr(item.part, "dropout", 0.0) or inner.get("dropout")):
+        drops = inner.get("dropout") or inner.get("inner", {}).get("dropout")
+        if isinstance(item.part, Delta) and (getattr(item.part, "dropout", 0.0) or drops):
             kind = consumes(model.get_submodule(item.site.path))
             special = {"embedding": "look_up", "convolution": "convolve"}.get(kind, "")
             heard = item.part.lean if kind == "linear" else hasattr(item.part, special)

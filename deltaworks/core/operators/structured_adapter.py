@@ -55,6 +55,10 @@ class StructuredAdapter(Module):
             self.matrix = StructuredTiles(normal(*shape, std=0.02), zeros(*shape), structure, scale)
         self.bias = nn.Parameter(zeros(width))
 
-    def output(self, y: Tensor, x: Tensor) -> Tensor:
-        change = self.f(self.matrix.side(nn.functional.dropout(y, self.dropout, self.training)))
+    def added(self, y: Tensor, r: Tensor) -> Tensor:
+        """`y` and what is made of `r`, both `... x width`."""
+        change = self.f(self.matrix.side(nn.functional.dropout(r, self.dropout, self.training)))
         return y + (change + self.bias.to(change.dtype)).to(y.dtype)
+
+    def output(self, y: Tensor, x: Tensor) -> Tensor:
+        return self.added(y, y)

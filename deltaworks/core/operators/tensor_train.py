@@ -184,14 +184,15 @@ class TrainBottleneck(Module):
         """D (`d x bottleneck`) and U (`bottleneck x d`)."""
         return contracted(list(self.down), self.width), contracted(list(self.up), self.bottleneck)
 
-    def _added(self, h: Tensor) -> Tensor:
-        down, up = (m.to(h.dtype) for m in self.maps())
-        kept = F.dropout(h, self.dropout, self.training)
-        z = self.f(F.linear(kept, down.T, self.down_bias.to(h.dtype)))
-        return h + self.scale * F.linear(z, up.T, self.up_bias.to(h.dtype)).to(h.dtype)
+    def added(self, y: Tensor, r: Tensor) -> Tensor:
+        """`y` and what is made of `r`, both `... x width`."""
+        down, up = (m.to(r.dtype) for m in self.maps())
+        kept = F.dropout(r, self.dropout, self.training)
+        z = self.f(F.linear(kept, down.T, self.down_bias.to(r.dtype)))
+        return y + self.scale * F.linear(z, up.T, self.up_bias.to(r.dtype)).to(y.dtype)
 
     def input(self, x: Tensor) -> Tensor:
-        return self._added(x) if self.before else x
+        return self.added(x, x) if self.before else x
 
     def output(self, y: Tensor, x: Tensor) -> Tensor:
-        return y if self.before else self._added(y)
+        return y if self.before else self.added(y, y)

@@ -1,27 +1,40 @@
 """CapaBoost: increasing model capacity for free (Yang et al. 2024, arXiv:2407.01320).
 
-W' = W + sum_i dW(M_i * theta): `copies` of another method's change share its tensors theta, each under random binary
-masks of its own that never change. For LoRA, dW = s sum_i (M_i^B * B)(M_i^A * A), of `copies` times the rank at the
-same number of parameters. A shared entry's gradient is the sum over the copies, as true tying gives it; the official
-code ties separate layers by hand, and its masks depend on the order of calls, ours on the seed and the layer's name.
-Use it over any method that adds to weights (`over=`, with its hyper-parameters in `inner=`) when parameters are scarce
-and its rank is what limits it.
+`copies` of another method's change share its tensors, each under random binary masks of its own that never change, and
+are added up. For LoRA dW = s sum_i (M_i^B * B)(M_i^A * A), of `copies` times the rank at the same number of parameters,
+also where a factor is frozen or shared. For a bottleneck sum_i (M_i^up * U) f((M_i^down * D) h + b_D) + b_U, biases
+unmasked. Any other change that adds to weights is sum_i dW(M_i * theta) with theta what trains; random matrices that
+layers share (VeRA) and singular vectors of the weight (SVFit) stay whole, and so does what changes vectors, as norms.
+A shared entry's gradient is the sum over the copies, as true tying gives it; the official code ties separate layers by
+hand, and its masks depend on the order of calls, ours on the seed and the layer's name. Prefix-tuning's MLP, the
+paper's third, is refused: all layers share half of it, and it gives way to its table.
+Use it over another method (`over=`, with its hyper-parameters in `inner=`) when parameters are scarce and its rank is
+what limits it.
 """
 
+import dataclasses
+import zlib
+from collections.abc import Iterator
 from typing import Any
 
 from ...core import fields
-from ...core.init import seed_for
-from ...core.method import Method, WeightMethod
-from ...core.operators.boosted import PATTERNS, Boosted
-from ...core.part import Shared
+from ...core.method import LINEAR, Method, Placed, WeightMethod, weight_at
+from ...core.operators.boosted import PATTERNS, has_matrices, masked_copies
+from ...core.part import Part, Shared
 from ...core.registry import make, method
+from ...core.rule import Rule
 from ...model.anatomy import Anatomy
 from ...model.weights import Weight
+
+WHILE_TRAINING = ("attached", "step_begin", "gradients", "step_end", "epoch_end", "penalty", "own_step")
 
 
 def _slug(value: Any) -> str | None:
     return None if isinstance(value, str) and value else "the slug of a method"
+
+
+def _places(value: Any) -> str | None:
+    return None if value is None else fields.sites(LINEAR).metadata["check"](value)
 
 
 @method("capaboost", paper="2407.01320", family="lowrank")
@@ -29,7 +42,9 @@ class CapaBoost(WeightMethod):
     """Masked copies of another method's change; trains what that method trains."""
 
     default_lr = 5e-4
+    everywhere = ("over",)
 
+    on: Any = fields.field(None, "where it acts; none for the boosted method's own places", _places, "places or none")
     over: str = fields.field("lora", "slug of the method that is boosted", _slug, "the slug of a method")
     inner: dict[str, Any] = fields.mapping("hyper-parameters of that method")
     copies: int = fields.positive(2, "d, number of masked copies")
@@ -41,42 +56,67 @@ class CapaBoost(WeightMethod):
         super().__post_init__()
         if self.pattern == "nm" and self.density != 0.5:
             raise ValueError(f"capaboost: pattern=nm keeps half of the entries, density={self.density:g} was given")
+        for name in ("on", "overrides"):
+            if name in self.inner:
+                raise ValueError(f"capaboost: inner has {name}={self.inner[name]!r}; give capaboost itself {name}=")
         inner = self.boosted
-        if isinstance(inner, CapaBoost) or inner.needs_data or inner.rules() or not inner.mergeable:
+        if isinstance(inner, CapaBoost) or inner.needs_data or any(map(_acts, inner.rules())):
             raise ValueError(
-                f"capaboost: over={self.over!r} cannot be boosted; take one that adds to weights and needs neither "
-                "data nor rules in training, such as lora"
+                f"capaboost: over={self.over!r} cannot be boosted; take a method that needs neither data nor rules in "
+                "training, such as lora or houlsby"
             )
+        # What is true of the boosted method is true of this; the class says what is true over lora.
+        for name in ("mergeable", "exact_at_start", "exact_gradient"):
+            object.__setattr__(self, name, getattr(inner, name))
 
     @property
-    def boosted(self) -> WeightMethod:
-        """The method whose change is copied."""
-        inner = make(self.over, **{"on": self.on, **self.inner})
-        if not isinstance(inner, WeightMethod):
-            raise ValueError(f"capaboost: over={self.over!r} does not change single weights; take such as lora or vera")
-        return inner
+    def boosted(self) -> Method:
+        """The method whose change is copied, with other hyper-parameters where overrides of ours say so."""
+        plain = make(self.over, **self.inner, **({} if self.on is None else {"on": self.on}))
+        usual, there = plain.settings(), {}
+        for pattern, own in self.overrides.items():
+            settings = dataclasses.replace(self, overrides={}, **own).boosted.settings()
+            there[pattern] = {name: value for name, value in settings.items() if value != usual[name]}
+        return dataclasses.replace(plain, overrides=there) if any(there.values()) else plain
 
     def shared(self, base: Anatomy) -> dict[str, Shared]:
         return self.boosted.shared(base)
 
-    def delta(self, weight: Weight, **given: Any) -> Boosted | None:
-        method = self.boosted
-        delta = method.delta(weight, **given)
-        if delta is None:
-            return None
-        if not delta.additive:
-            raise ValueError(f"capaboost: {self.over} does not add to the weight, so copies of it cannot be added up")
-        made = Boosted(delta, self.copies, self.density, self.pattern, seed_for(self.seed, weight))
-        start = made.dense().detach()
-        if method.exact_at_start and not start.is_meta and bool(start.any()):
-            raise ValueError(f"capaboost: {self.over} starts from part of the weight, which masks would cut; take lora")
-        return made
+    def parts(self, base: Anatomy, shared: dict[str, Shared], measured: Any) -> Iterator[Placed]:
+        found = None
+        for item in self.boosted.parts(base, shared, measured):
+            weight, here = weight_at(base.model, item.site), self.at(item.site.path)
+            found = found or has_matrices(item.part, weight)
+            if has_matrices(item.part, weight):
+                assert isinstance(here, CapaBoost)
+                item = dataclasses.replace(item, part=here._copies(item, weight))
+            yield item
+        if found is False:
+            raise ValueError(f"capaboost: over={self.over!r} changes no matrix, so no rank can rise; take such as lora")
+
+    def _copies(self, item: Placed, weight: Weight) -> Part:
+        inner, seed = self.boosted, zlib.crc32(f"{self.seed} {item.site.path} {item.label}".encode())
+        masks = (self.copies, self.density, self.pattern, seed)
+        try:
+            return masked_copies(item.part, weight, masks, fixed=inner.mergeable, exact=inner.exact_at_start)
+        except ValueError as error:
+            raise ValueError(f"capaboost: over={self.over!r} at {item.site.name}: {error}") from None
 
     def group(self, name: str) -> dict[str, float]:
         return self.boosted.group(name)
 
+    def group_of(self, name: str) -> dict[str, float]:
+        return self.boosted.group_of(name)
+
     def count(self, weight: Weight) -> int:
-        return self.boosted.count(weight)
+        inner = self.boosted
+        assert isinstance(inner, WeightMethod)
+        return inner.count(weight)
 
     def made_of(self) -> list[Method]:
         return [self.boosted]
+
+
+def _acts(rule: Rule) -> bool:
+    """Whether a rule does more than to put the finished adapter in a smaller form, which copies have none of."""
+    return any(getattr(type(rule), event) is not getattr(Rule, event) for event in WHILE_TRAINING)
