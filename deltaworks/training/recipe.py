@@ -27,7 +27,7 @@ from . import yaml_file
 from .choices import LOSSES
 
 SCHEDULES = ("linear", "cosine", "constant", "polynomial", "inverse_sqrt")
-OPTIMIZERS = ("adamw", "sgd", "adafactor", "adamw_8bit")
+OPTIMIZERS = ("adamw", "sgd", "adafactor", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 
 
 def _share(value: Any) -> bool:
@@ -65,7 +65,9 @@ class Recipe:
     lr: float | None = fields.number(None, "learning rate; by default the method's own", above=0)
     schedule: str = fields.choice("linear", SCHEDULES, "how the learning rate goes on after warming up")
     warmup: float = fields.number(0.03, "steps over which the learning rate rises; below 1 a share of all", low=0)
-    optimizer: str = fields.choice("adamw", OPTIMIZERS, "what makes a step of gradients")
+    optimizer: str = fields.choice(
+        "adamw", OPTIMIZERS, "what makes a step of gradients; those of 8 bits and paged ones are bitsandbytes'"
+    )
     weight_decay: float = fields.number(0.0, "decay of trained tensors", low=0)
     clip: float = fields.number(1.0, "largest norm of the gradient; 0 for no bound", low=0)
     checkpointing: bool = fields.flag(False, "compute activations again in the backward pass: less memory, more time")

@@ -45,7 +45,10 @@ Progress = Callable[..., None]
 
 # What may differ between a run and its continuation: none of it changes what is learned.
 FREE = ("output", "save_every", "keep", "evaluate_every", "samples", "sample_length", "device")
-OPTIMIZERS = {"adamw": "adamw_torch_fused", "sgd": "sgd", "adafactor": "adafactor", "adamw_8bit": "adamw_bnb_8bit"}
+OPTIMIZERS = {
+    "adamw": "adamw_torch_fused", "sgd": "sgd", "adafactor": "adafactor", "adamw_8bit": "adamw_bnb_8bit",
+    "paged_adamw": "paged_adamw_32bit", "paged_adamw_8bit": "paged_adamw_8bit",
+}  # fmt: skip
 PART = ".deltaworks.part"  # a file while it is being written
 HALF = (torch.bfloat16, torch.float16)
 LABELLED_TEXT = ("sequence-classification", "regression", "token-classification")

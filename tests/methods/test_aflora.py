@@ -101,3 +101,12 @@ def test_the_score_is_of_the_gradients_size_and_a_short_run_is_refused() -> None
     assert torch.allclose(spread, 0.05 * 0.85 * matrix.grad.abs())
     with pytest.raises(ValueError, match="below the run's 14"):
         tuned.run(14).emit("attached")
+
+
+def test_the_mean_of_the_trained_counts_is_the_average_over_the_run() -> None:
+    sizes, counts = [], []
+    for _, tuned, _, rules in run():
+        live = [matrix.numel() for _, matrix in matrices(tuned) if matrix.requires_grad]
+        sizes.append(sum(live) + 2 * 3 + 8 + 6)
+        counts = [value for _, value in rules.run.history["aflora.trained"]]
+    assert sum(counts) / len(counts) == sum(sizes) / 20 and sizes[0] > sizes[-1] == sizes[-9]

@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import deltaworks as dw
 from tests.families import FAMILIES
-from tests.methods.toys import attach, net, part
+from tests.methods.toys import attach, net, nudge, part
 
 
 def train(links: int, count: int, look=None, **settings):
@@ -150,3 +151,59 @@ def test_links_of_stacked_experts_are_tied_too() -> None:
     rules.emit("step_end")
     assert torch.allclose(model(**batch).logits, before, atol=1e-5)
     assert all(part.get_parameter("b").abs().max() == 0 for part in tuned.parts())
+
+
+@pytest.mark.parametrize(
+    ("override", "ranks"), [({"rank": 3}, [6, 4]), ({"ranks": [3, 1]}, [4, 4])], ids=["rank", "ranks"]
+)
+def test_links_may_have_other_ranks_at_some_places(override: dict, ranks: list[int]) -> None:
+    def look(step, after, optimizer, tuned, before) -> None:
+        assert torch.allclose(after, before[0], atol=1e-12)
+
+    _, _, tuned = train(2, 8, look, overrides={"first": override})
+    assert [int(torch.linalg.matrix_rank(delta.dense(), rtol=1e-6)) for delta in tuned.parts()] == ranks
+
+
+def test_the_number_of_links_is_one_for_all_places() -> None:
+    with pytest.raises(ValueError, match=r"cola_chain: overrides\['first'\] has 3 links; all places have 2"):
+        dw.ColaChain(links=2, overrides={"first": {"ranks": [3, 2, 1]}})
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d])
+def test_finished_links_are_part_of_the_weight_which_no_dropout_comes_before(kind: type, autocast: bool) -> None:
+    torch.manual_seed(0)
+    layer, shape = (nn.Linear(6, 5), (3, 6)) if kind is nn.Linear else (nn.Conv2d(6, 5, 3), (2, 6, 4, 4))
+    model, x = nn.Sequential(layer), torch.randn(shape, requires_grad=True)
+    tuned = dw.attach(model, dw.ColaChain(on=kind, rank=2, alpha=2.0, dropout=0.5), seed=0)
+    rules = tuned.run(2)
+    rules.emit("attached")
+    nudge(tuned, 0.3)
+
+    def call() -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = model(x)
+        return y.detach(), torch.autograd.grad(y.float().sum(), x)[0]
+
+    assert not torch.equal(call()[0], call()[0])  # of the link that trains some inputs are dropped
+    rules.emit("step_end")
+    trained = [call(), call()]
+    model.eval()
+    for y, gradient in trained:
+        assert torch.equal(y, trained[0][0])
+        assert torch.allclose(y, call()[0], atol=0.05 if autocast else 1e-5)
+        assert torch.allclose(gradient, call()[1], atol=0.05 if autocast else 1e-5)
+    assert part(tuned, "0").dense().abs().max() > 0.1
+
+
+def test_parts_of_a_fused_layer_drop_no_input_of_finished_links_either() -> None:
+    model, _ = FAMILIES["gpt2"]()
+    tuned = dw.attach(model, dw.ColaChain(on=["attention.query", "attention.value"], rank=2, dropout=0.5), seed=0)
+    rules = tuned.run(2)
+    rules.emit("attached")
+    nudge(tuned, 0.3)
+    rules.emit("step_end")
+    x = torch.randn(3, next(tuned.parts()).a.shape[1])
+    for delta in tuned.parts():
+        delta.train()
+        assert torch.allclose(delta.side(x), x @ delta.dense().T, atol=1e-5) and delta.dense().abs().max() > 0.01

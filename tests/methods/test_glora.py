@@ -13,7 +13,7 @@ import deltaworks as dw
 from deltaworks.core.evolution import Sizes, evolve
 from deltaworks.core.operators.general import BIAS_TERMS, WEIGHT_TERMS
 from deltaworks.core.supernet import search
-from tests.methods.toys import attach, net, nudge, part
+from tests.methods.toys import attach, net, nudge, part, steps
 
 TERMS = {**WEIGHT_TERMS, **BIAS_TERMS}
 ALL = [dict(zip(TERMS, kinds, strict=True)) for kinds in itertools.product(*TERMS.values())]
@@ -161,3 +161,42 @@ def test_without_a_supernet_there_is_nothing_to_search() -> None:
     tuned = attach(net()[0], dw.GLoRA)
     with pytest.raises(ValueError, match="supernet=True"):
         search(tuned, lambda: 0.0)
+
+
+def test_a_supernet_holds_and_charges_no_d_where_there_is_no_bias() -> None:
+    model, _ = bare()
+    tuned = dw.attach(model, dw.GLoRA(on=nn.Linear, rank=2, supernet=True), seed=0)
+    counts = [sum(p.numel() for name, p in tuned.named_parameters() if name.startswith(path)) for path in "02"]
+    assert counts == [2 * 2 * (6 + 5) + 2 * (6 + 1) + 2 * 5, 2 * 2 * (5 + 4) + 2 * (5 + 1) + 4]
+    made = dict(tuned.named_parts())["2.bias"].train()
+    assert {made.drawn()["d"] for _ in range(20)} == {"none"} < {made.drawn()["e"] for _ in range(20)}
+    found = search(tuned, lambda: 0.0, sizes=Sizes(generations=1, population=20))
+    assert found.kinds["2.bias"]["d"] == "none"
+    assert sum(p.numel() for p in tuned.parameters()) == found.parameters
+
+
+def test_a_configuration_that_is_set_stays_through_training(tmp_path) -> None:
+    model, x, tuned = supernet()
+    kinds = {"a": "vector", "b": "none", "c": "lora", "d": "none", "e": "constant"}
+    for one in tuned.parts():
+        one.configure({term: kinds[term] for term in one.choices})
+    before = {name: p.detach().clone() for name, p in tuned.named_parameters()}
+    for _ in steps(model.train(), x, tuned, 3):
+        assert torch.equal(model(x), model(x))
+    moved = {name for name, p in tuned.named_parameters() if not torch.equal(p, before[name])}
+    assert {name.rpartition(".")[2] for name in moved} == {"ad", "cd", "cu", "ed"} and len(moved) == 8
+    dw.save(model, tmp_path / "adapter")
+    twin, _ = net(12, 8, 6)
+    loaded = dw.load(twin, tmp_path / "adapter")
+    twin.train()
+    assert torch.equal(twin(x), model(x))
+    for one in loaded.parts():
+        one.fixed = False
+    assert len({float(twin(x).sum()) for _ in range(8)}) > 4
+
+
+def test_a_search_that_keeps_the_supernet_leaves_it_set() -> None:
+    model, x, tuned = supernet()
+    search(tuned, lambda: 0.0, sizes=Sizes(generations=1, population=4), settle=False)
+    model.train()
+    assert len({float(model(x).sum()) for _ in range(8)}) == 1 and all(one.searching for one in tuned.parts())

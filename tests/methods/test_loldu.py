@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
 import deltaworks as dw
 from deltaworks.core.operators.pivots import decomposed
@@ -11,14 +14,21 @@ from tests.families import FAMILIES
 from tests.methods.toys import attach, net, nudge, part, saved_shapes, steps
 
 
+def half(model: nn.Module, path) -> tuple[nn.Module, dw.Tuned]:
+    """A copy of the base in bfloat16 with the adapter loaded."""
+    twin = dw.detach(copy.deepcopy(model)).bfloat16()
+    return twin, dw.load(twin, path)
+
+
 @pytest.mark.parametrize("shape", [(6, 6), (5, 9), (9, 5)])
 def test_the_factors_reconstruct_the_weight_with_rows_permuted_on_the_output_side(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     rank = min(shape)
-    lower, pivots, upper = decomposed(weight, rank)
+    lower, pivots, upper, rows = decomposed(weight, rank)
     assert torch.allclose(lower @ torch.diag(pivots) @ upper, weight)
     assert torch.allclose(upper.diagonal(), torch.ones(rank, dtype=torch.float64)) and upper.tril(-1).abs().max() == 0
     assert (lower.abs() <= 1 + 1e-12).all() and (lower == 1).any(0).all()
+    assert (lower[rows].diagonal() == 1).all() and lower[rows].triu(1).abs().max() == 0
 
 
 def test_the_output_does_not_change_at_the_start_and_only_the_pivots_train() -> None:
@@ -38,25 +48,29 @@ def test_the_change_is_that_of_the_pivots() -> None:
     tuned = attach(model, dw.LoLDU, rank=4, alpha=2.0)
     nudge(tuned)
     delta = part(tuned)
-    lower, pivots, upper = decomposed(weight, 4)
+    lower, pivots, upper, _ = decomposed(weight, 4)
     expected = weight + 0.5 * lower @ torch.diag(delta.z - pivots) @ upper
     assert torch.allclose(model.first(x), x @ expected.T + bias)
     residual = weight - 0.5 * lower @ torch.diag(pivots) @ upper
     assert torch.allclose(expected, residual + 0.5 * lower @ torch.diag(delta.z) @ upper)
 
 
-def test_files_hold_the_pivots_alone_and_loading_finds_the_factors_again(tmp_path) -> None:
+def test_files_hold_the_pivots_and_where_they_lay_and_loading_finds_the_factors_again(tmp_path) -> None:
     model, x = net(12, 8, 6)
     tuned = attach(model, dw.LoLDU, rank=4)
     nudge(tuned)
-    assert sum(t.numel() for t in tuned.tensors().values()) == 8
+    assert [(name.rsplit(".", 1)[-1], t.numel()) for name, t in tuned.tensors().items()] == [
+        ("z", 4),
+        ("start", 4),
+        ("rows", 4),
+    ] * 2
     dw.save(model, tmp_path / "adapter")
     twin, _ = net(12, 8, 6)
     dw.load(twin, tmp_path / "adapter")
     assert torch.equal(twin(x), model(x))
 
 
-def test_a_vanishing_pivot_neither_blows_up_nor_trains() -> None:
+def test_a_vanishing_pivot_neither_blows_up_nor_trains(tmp_path) -> None:
     model, x = net(12, 8, 6)
     with torch.no_grad():
         model.first.weight[3:] = torch.randn(5, 3, dtype=torch.float64) @ model.first.weight[:3]
@@ -65,6 +79,48 @@ def test_a_vanishing_pivot_neither_blows_up_nor_trains() -> None:
     delta = part(tuned)
     assert (delta.start == 0).sum() == 5 and delta.upper.abs().max() < 100
     assert (delta.z.grad[delta.start == 0] == 0).all() and (delta.z.grad[delta.start != 0] != 0).all()
+    dw.save(model, tmp_path / "adapter")
+    _, loaded = half(model, tmp_path / "adapter")  # where rounding leaves something in their place
+    assert (part(loaded).upper[delta.start == 0] == 0).all() and (part(loaded).upper != 0).any()
+
+
+def test_a_feature_that_the_weight_does_not_read_leaves_no_pivot() -> None:
+    model, x = net(12, 8, 6)
+    with torch.no_grad():
+        model.first.weight[:, 1] = 0
+    base = model(x)
+    tuned = attach(model, dw.LoLDU, rank=8)
+    assert torch.equal(model(x), base) and (part(tuned).start == 0).tolist() == [k == 1 for k in range(8)]
+
+
+@pytest.mark.parametrize("size", [0.0, 0.1])
+def test_a_copy_of_the_base_in_bfloat16_gets_the_change_that_was_trained(size: float, tmp_path) -> None:
+    model, x = net(12, 8, 6)
+    model, x = model.float(), x.float()
+    with torch.no_grad():  # two rows that are one in bfloat16, where LU would take the first
+        model.first.weight[2, 0], model.first.weight[5, 0] = 0.5, 0.5001
+    assert decomposed(model.first.weight, 1)[3] == 5 and decomposed(model.first.weight.bfloat16(), 1)[3] == 2
+    tuned = attach(model, dw.LoLDU, rank=4)
+    nudge(tuned, size)
+    dw.save(model, tmp_path / "adapter")
+    twin, loaded = half(model, tmp_path / "adapter")
+    for ours, theirs in zip(tuned.parts(), loaded.parts(), strict=True):
+        assert torch.equal(ours.rows, theirs.rows) and (ours.dense().norm() > 0) == (size > 0)
+        assert (ours.dense() - theirs.dense()).norm() <= 0.03 * ours.dense().norm()
+    expected = nn.functional.linear(x, twin.first.weight.float() + part(tuned).dense(), twin.first.bias.float())
+    assert torch.allclose(twin.first(x.bfloat16()).float(), expected, atol=0.02)
+
+
+def test_a_base_with_other_pivots_is_refused(tmp_path) -> None:
+    model, _ = net(12, 8, 6)
+    model = model.float()
+    with torch.no_grad():  # what is left after the first pivot is below the precision of bfloat16
+        model.first.weight.copy_(torch.outer(torch.linspace(0.5, 1, 8), model.first.weight[0]))
+        model.first.weight.add_(torch.randn(8, 12, generator=torch.Generator().manual_seed(0)), alpha=1e-4)
+    nudge(attach(model, dw.LoLDU, rank=4))
+    dw.save(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="the pivots of first are not those the adapter was trained from"):
+        half(model, tmp_path / "adapter")
 
 
 def test_training_keeps_nothing_as_wide_as_the_layer() -> None:
@@ -81,5 +137,5 @@ def test_stacked_experts_have_factors_of_their_own(tmp_path) -> None:
     dw.save(model, tmp_path / "adapter")
     twin, _ = FAMILIES["mixtral"]()
     loaded = dw.load(twin, tmp_path / "adapter")
-    assert all(name.endswith("z") for name in loaded.tensors())
+    assert all(name.endswith((".z", ".start", ".rows")) for name in loaded.tensors())
     assert torch.equal(twin(**batch).logits, model(**batch).logits)

@@ -117,3 +117,35 @@ def test_a_file_needs_neither_data_nor_gradients(tmp_path) -> None:
     fresh, _ = data()
     dw.load(fresh, tmp_path / "adapter")
     assert torch.equal(fresh(**batches[0]).logits, expected)
+
+
+class Scorer(nn.Module):
+    """One linear layer, as the head of a reward model is."""
+
+    def __init__(self, fan_in: int, fan_out: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(fan_in, fan_out)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        y = self.layer(x)
+        return {"loss": (y - labels).square().mean(), "logits": y}
+
+
+@pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr", "random"])
+@pytest.mark.parametrize("shape", [(4, 1), (1, 4), (1, 1)])
+def test_a_weight_of_one_row_or_column_starts_along_the_one_direction_it_has(
+    shape: tuple[int, int], direction: str
+) -> None:
+    torch.manual_seed(0)
+    model = Scorer(*shape).double()
+    batch = {"x": torch.randn(8, shape[0]).double(), "labels": torch.randn(8, shape[1]).double()}
+    g = mean_gradients(model, ["layer.weight"], [batch], dtype=torch.float64)["layer.weight"]
+    base = model(**batch)["logits"].detach()
+    delta = next(dw.attach(model, dw.LoRAGA(on=nn.Linear, direction=direction), data=[batch], seed=0).parts())
+    assert torch.allclose(model(**batch)["logits"], base)
+    before = delta.dense().detach()
+    model(**batch)["loss"].backward()
+    with torch.no_grad():
+        for parameter in (delta.a, delta.b):
+            parameter.sub_(parameter.grad, alpha=1e-4)
+    assert torch.cosine_similarity((delta.dense() - before).flatten(), -g.flatten(), dim=0) > 0.999

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 import deltaworks as dw
+from deltaworks.methods.lowrank.switchlora import vectors
 from tests.families import FAMILIES
 from tests.methods.toys import attach, net, nudge, part
 
 FAST = {"rank": 3, "interval": 4.0, "still": 2, "decay": 100.0}
 
 
-def started(count: int = 40, **settings):
-    model, x = net(12, 8, 6)
+def started(count: int = 40, sizes: tuple[int, ...] = (12, 8, 6), **settings):
+    model, x = net(*sizes)
     tuned = attach(model, dw.SwitchLoRA, **(FAST | settings))
     optimizer = torch.optim.AdamW(tuned.parameter_groups(0.02))
     rules = tuned.run(count, optimizer=optimizer)
@@ -53,6 +54,24 @@ def test_a_switch_leaves_the_function_and_puts_the_vector_back_into_the_pool() -
     active = {tuple(row.float().tolist()) for row in delta.a}
     assert {tuple(row.float().tolist()) for row in before} <= kept | active
     assert len(set(side["slots"])) == 3 and sum(s for _, s in rules.run.history["switchlora.switched"]) > 8
+
+
+@pytest.mark.parametrize(("size", "rank"), [(8, 3), (6, 5), (4, 4)])
+@pytest.mark.parametrize("key", ["a", "b"])
+def test_vectors_in_use_and_those_in_the_pool_stay_the_same(size: int, rank: int, key: str) -> None:
+    model, x, tuned, optimizer, rules = started(sizes=(size + 3, size, 2), rank=rank, interval=2.0, still=1)
+    expected, side = model(x).detach(), rules.rules[0].sides[f"first.weight.{key}"]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    known = set()
+    for _ in range(24):
+        active = {tuple(row) for row in vectors(part(tuned))[key].tolist()}
+        pool = {tuple(row.tolist()) for row in side["pool"].values()}
+        assert len(active) == len(set(side["slots"])) == rank and not active & pool
+        assert not set(side["slots"]) & set(side["pool"]) and known <= active | pool
+        known = active | pool
+        step(model, x, optimizer, rules)
+    assert len(known) == size and torch.allclose(model(x), expected, atol=1e-6)
 
 
 def test_the_partner_of_a_switched_vector_stands_still_for_exactly_n_steps_with_its_state_gone() -> None:

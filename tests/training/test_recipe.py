@@ -95,3 +95,12 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 def test_the_recipes_that_come_along_can_be_read(file: Path) -> None:
     recipe = Recipe.read(file)
     assert recipe.complete().lr is not None
+
+
+def test_every_optimizer_is_one_of_the_trainers() -> None:
+    from transformers.training_args import OptimizerNames
+
+    from deltaworks.training.recipe import OPTIMIZERS
+    from deltaworks.training.tune import OPTIMIZERS as NAMES
+
+    assert set(OPTIMIZERS) == set(NAMES) and all(OptimizerNames(name) for name in NAMES.values())

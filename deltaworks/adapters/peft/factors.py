@@ -22,7 +22,7 @@ from .targets import named, patterns
 def fits(part: Part) -> bool:
     """Whether a part can be written as PEFT's LoRA."""
     if isinstance(part, PerExpert):
-        return part.kind == "LowRank"
+        return part.kind in ("LowRank", "Chain")
     return isinstance(part, Decomposed) or is_product(part)
 
 

@@ -1,7 +1,7 @@
 """A weight and a bias changed by terms of several kinds: `W' = W + W * A + B`, `b' = b + b * D + E + W C`.
 
 Every term is "lora" (a product of two factors), "vector", "constant" or "none". A part that searches holds the tensors
-of the largest kind of each term, draws a kind anew for every call in training, and can be set to any; any other holds
+of the largest kind of each term, draws a kind anew for every call in training until it is set to one; any other holds
 the tensors of its kinds and no more.
 """
 
@@ -25,32 +25,37 @@ class Terms(Delta):
 
     Attributes:
         kinds: the kind of each term; of a part that searches, the one it is set to.
-        searching: whether kinds are drawn in training.
+        searching: whether kinds are drawn in training, a term without tensors being none.
+        fixed: whether a part that searches stands still where `configure` set it.
     """
 
-    settings: ClassVar[tuple[str, ...]] = ("kinds", "searching")
+    settings: ClassVar[tuple[str, ...]] = ("kinds", "searching", "fixed")
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}
 
-    def __init__(self, kinds: dict[str, str], searching: bool, tensors: dict[str, Tensor | None]) -> None:
+    def __init__(self, kinds: dict[str, str], searching: bool, fixed: bool, tensors: dict[str, Tensor | None]) -> None:
         super().__init__()
+        if searching:  # hides the class's
+            self.__dict__["choices"] = {
+                term: some if tensors[f"{term}d"] is not None else ("none",) for term, some in self.choices.items()
+            }
         self.configure(kinds)
-        self.searching = searching
+        self.searching, self.fixed = searching, fixed
         for name, value in tensors.items():
             self.register_parameter(name, None if value is None else nn.Parameter(value))
 
     def configure(self, kinds: dict[str, str]) -> None:
-        """Set the kinds of a part that searches."""
+        """Set the kinds of a part that searches; training keeps them too, until `fixed` is False again."""
         if (
             not isinstance(kinds, dict)
             or set(kinds) != set(self.choices)
             or any(kind not in self.choices[term] for term, kind in kinds.items())
         ):
             raise ValueError(f"terms {kinds} are not allowed; there is {self.choices}")
-        self.kinds = dict(kinds)
+        self.kinds, self.fixed = dict(kinds), True
 
     def drawn(self) -> dict[str, str]:
         """The kinds for one call: drawn uniformly, each term by itself, while a part that searches trains."""
-        if not (self.searching and self.training):
+        if self.fixed or not (self.searching and self.training):
             return self.kinds
         return {term: kinds[int(torch.randint(len(kinds), ()))] for term, kinds in self.choices.items()}
 
@@ -70,7 +75,7 @@ class Terms(Delta):
                 kept |= {f"{term}d": down.detach().clone(), f"{term}u": up.detach().clone()}
             elif kind != "none" and down is not None:
                 kept[f"{term}d"] = (down[:, :1] if kind == "vector" else down[:1, :1]).detach().clone()
-        settings = {**self.configuration(), "searching": False}
+        settings = {**self.configuration(), "searching": False, "fixed": False}
         made = type(self)(**settings, **kept)  # type: ignore[arg-type]
         made.__dict__.update({name: self.__dict__[name] for name in ("bias",) if name in self.__dict__})
         return made
@@ -89,7 +94,7 @@ class WeightTerms(Terms, Built):
 
     Args:
         kinds: of a and b.
-        searching: draw kinds in training.
+        searching, fixed: see `Terms`.
         ad, au, bd, bu: the tensors the kinds need: `out x rank` and `rank x in`, `out x 1`, or `1 x 1`.
     """
 
@@ -104,8 +109,9 @@ class WeightTerms(Terms, Built):
         au: Tensor | None = None,
         bd: Tensor | None = None,
         bu: Tensor | None = None,
+        fixed: object = False,
     ) -> None:
-        super().__init__(kinds, searching, {"ad": ad, "au": au, "bd": bd, "bu": bu})
+        super().__init__(kinds, searching, bool(fixed), {"ad": ad, "au": au, "bd": bd, "bu": bu})
         # Backward folds again; what was drawn would be drawn anew. So a search builds the change in the open.
         self.__dict__["lean"] = searching
 
@@ -170,12 +176,12 @@ class BiasTerms(Terms):
     Args:
         fan_out: length of the bias.
         kinds: of c, d and e.
-        searching: draw kinds in training.
+        searching, fixed: see `Terms`.
         cd, cu: `in x rank` and `rank x 1`, or `in x 1`.
         dd, ed: `out x 1`, or `1 x 1`.
     """
 
-    settings: ClassVar[tuple[str, ...]] = ("fan_out", "kinds", "searching")
+    settings: ClassVar[tuple[str, ...]] = ("fan_out", "kinds", "searching", "fixed")
     choices = BIAS_TERMS
 
     def __init__(
@@ -187,8 +193,9 @@ class BiasTerms(Terms):
         cu: Tensor | None = None,
         dd: Tensor | None = None,
         ed: Tensor | None = None,
+        fixed: object = False,
     ) -> None:
-        super().__init__(kinds, searching, {"cd": cd, "cu": cu, "dd": dd, "ed": ed})
+        super().__init__(kinds, searching, bool(fixed), {"cd": cd, "cu": cu, "dd": dd, "ed": ed})
         self.fan_out = fan_out
 
     def settle(self, weight: Weight) -> None:

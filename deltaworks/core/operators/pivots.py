@@ -10,37 +10,73 @@ from torch import Tensor, nn
 from ...model.weights import Weight
 from .scaled import Scaled
 
+DRIFT = 0.02
+"""Share of themselves by which trained pivots may differ in another copy of the base; the change differs by more.
+
+Rounding random weights of 768 x 768 to bfloat16 moves their first 64 pivots by 0.0015 and the change by 0.005; all of
+their pivots by 0.006 and the change by 0.012.
+"""
+
 
 class Pivots(Scaled):
     """`dW = scale * P L_r diag(z - z0) U_r`, with `W = P L diag(D) U` and z0 the first pivots D.
 
-    Only z is stored. The factors are made from the base's weight when the delta comes to its place, in float64 on the
-    CPU, so that every machine finds the same pivots; before that it adds nothing.
+    The factors are made from the base's weight when the delta comes to its place, in float64 on the CPU, so that every
+    machine finds the same, and never stored; before that it adds nothing. z0 is stored, so that a base in another
+    precision, whose pivots are a little off, gets what was trained and no more; so are the rows that the pivots lie in,
+    since of two nearly equal entries rounding may make the other one the larger.
 
     Args:
         z: `rank` pivots.
+        start: z0, `rank`.
+        rows: `rank`, the rows of W in LU's order; all -1 for a delta that is new, which finds z, z0 and rows itself.
         fan_out, fan_in: size of the weight.
         scale: multiplies the product.
     """
 
     settings: ClassVar[tuple[str, ...]] = ("fan_out", "fan_in", "scale")
+    start: Tensor
+    rows: Tensor
     lower: Tensor | None
     upper: Tensor | None
-    start: Tensor | None
 
-    def __init__(self, z: Tensor, fan_out: int, fan_in: int, scale: float = 1.0) -> None:
+    def __init__(self, z: Tensor, start: Tensor, rows: Tensor, fan_out: int, fan_in: int, scale: float = 1.0) -> None:
         super().__init__()
         if z.dim() != 1 or len(z) > min(fan_out, fan_in):
             raise ValueError(f"a weight of {fan_out} x {fan_in} has {min(fan_out, fan_in)} pivots, not {list(z.shape)}")
+        if start.shape != z.shape or rows.shape != z.shape or (not rows.is_meta and int(rows.max()) >= fan_out):
+            raise ValueError(f"{len(z)} pivots need as many starts and rows, the rows below {fan_out}")
         self.z = nn.Parameter(z)
         self.fan_out, self.fan_in, self.scale = fan_out, fan_in, float(scale)
-        for name in ("lower", "upper", "start"):
+        self.register_buffer("start", start)
+        self.register_buffer("rows", rows.to(torch.int32))
+        for name in ("lower", "upper"):
             self.register_buffer(name, None, persistent=False)
 
+    @torch.no_grad()
     def settle(self, weight: Weight) -> None:
-        if self.lower is None and weight.device.type != "meta":
-            dense = weight.dense()
-            self.lower, self.start, self.upper = (made.to(dense) for made in decomposed(dense, len(self.z)))
+        """Find the factors.
+
+        Raises:
+            ValueError: when the pivots are not those that the delta was trained from.
+        """
+        if self.lower is not None or weight.device.type == "meta":
+            return
+        dense, new = weight.dense(), bool((self.rows < 0).all())
+        lower, pivots, upper, rows = decomposed(dense, len(self.z), None if new else self.rows)
+        if new:
+            for own, found in ((self.z, pivots), (self.start, pivots), (self.rows, rows)):
+                own.copy_(found)
+        start = self.start.to(pivots)
+        live = start != 0
+        trained, moved = (self.z.to(pivots) - start)[live], (pivots / start)[live] - 1
+        if (trained * moved).norm() > DRIFT * trained.norm():
+            raise ValueError(
+                f"the pivots of {weight.path or 'a weight'} are not those the adapter was trained from; "
+                "the base must be the very same, or merge where it was trained"
+            )
+        upper[~live] = 0.0
+        self.lower, self.upper = lower.to(dense), upper.to(dense)
 
     def dense(self) -> Tensor:
         return self.z.new_zeros(self.fan_out, self.fan_in) if self.lower is None else super().dense()
@@ -53,22 +89,44 @@ class Pivots(Scaled):
         return self.upper.to(dtype), self.lower.to(dtype)
 
     def scales(self) -> tuple[Tensor, None]:
-        return self.z - (0 if self.start is None else self.start), None
+        return self.z - self.start, None
 
 
-def decomposed(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The first parts of `W = P L diag(D) U`: `P L_r` (`out x rank`), `D_r`, and `U_r` (`rank x in`) of unit diagonal.
+def decomposed(weight: Tensor, rank: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The first parts of `W = P L diag(D) U`, and where they were found.
 
     A pivot below 1e-6 would blow its row of U up; it counts as zero, with a row of zeros, and can never train.
+
+    Args:
+        weight: `out x in`.
+        rank: number of parts.
+        rows: `rank` rows of W to take the pivots from, in this order; none for those of the largest entries.
+
+    Returns:
+        `P L_r` (`out x rank`), `D_r`, `U_r` (`rank x in`) of unit diagonal, and the rows, all on the CPU.
     """
-    packed, swaps = torch.linalg.lu_factor(weight.detach().to("cpu", torch.float64))
-    order = torch.arange(len(weight))
+    dense = weight.detach().to("cpu", torch.float64)
+    packed, swaps, _ = torch.linalg.lu_factor_ex(dense)
+    order = torch.arange(len(dense))
     for row, other in enumerate((swaps - 1).tolist()):
         order[[row, other]] = order[[other, row]]
-    lower = torch.empty(len(weight), rank, dtype=torch.float64)
-    lower[order] = packed[:, :rank].tril(-1) + torch.eye(len(weight), rank, dtype=torch.float64)
+    if rows is not None and rows.tolist() != order[:rank].tolist():
+        rows = rows.to(order)
+        order = torch.cat([rows, order[~torch.isin(order, rows)]])
+        packed = _eliminated(dense[order], rank)
+    lower = torch.empty(len(order), rank, dtype=torch.float64)
+    lower[order] = packed[:, :rank].tril(-1) + torch.eye(len(order), rank, dtype=torch.float64)
     pivots = packed.diagonal()[:rank].clone()
     small = pivots.abs() < 1e-6
     upper = packed[:rank].triu() / torch.where(small, 1.0, pivots).unsqueeze(1)
     pivots[small], upper[small] = 0.0, 0.0
-    return lower, pivots, upper
+    return lower, pivots, upper, order[:rank]
+
+
+def _eliminated(packed: Tensor, rank: int) -> Tensor:
+    """A matrix turned in place into L and U as LU packs them, rows as they are, as far as `rank` pivots go."""
+    for k in range(rank):
+        if packed[k, k] != 0:
+            packed[k + 1 :, k] /= packed[k, k]
+            packed[k + 1 :, k + 1 :].addr_(packed[k + 1 :, k], packed[k, k + 1 :], alpha=-1)
+    return packed

@@ -33,6 +33,7 @@ class AFLoRA(WeightMethod):
     """Two vectors and, until they freeze, two factors; `rank * (in + out) + rank + out` values a layer at first."""
 
     default_lr = 2e-3
+    everywhere = ("t_init", "t_final", "interval", "beta1", "beta2")
 
     rank: int = fields.positive(4, "inner dimension r; 32 for 7B models")
     dropout: float = fields.fraction(0.0, "probability of dropping an input feature of the branch")
@@ -97,10 +98,15 @@ class Freezing(Rule):
 
     @torch.no_grad()
     def gradients(self, run: Run) -> None:
-        step = run.step + 1
         live = {name: matrix for name, matrix in matrices(run.tuned) if matrix.requires_grad}
-        if not live:
-            return
+        if live:
+            self._judge(live, run)
+        # In every step, so that the mean over a run is the average count that the paper compares.
+        run.record("aflora.trained", sum(p.numel() for p in run.tuned.parameters()))
+
+    def _judge(self, live: dict[str, nn.Parameter], run: Run) -> None:
+        """Score what still trains, and freeze what is due."""
+        step = run.step + 1
         self.window += 1
         for name, matrix in live.items():
             if matrix.grad is not None:
@@ -114,7 +120,6 @@ class Freezing(Rule):
         doomed = list(live) if keep == 0 else self._lowest(live, keep) if keep < 1 and due else []
         for name in doomed:
             self._freeze(name, live[name], run)
-        run.record("aflora.trained", sum(p.numel() for p in run.tuned.parameters()))
 
     def _lowest(self, live: dict[str, nn.Parameter], keep: float) -> list[str]:
         seen = self.sensitivity.smoothed

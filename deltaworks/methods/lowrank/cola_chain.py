@@ -5,10 +5,12 @@ constant), draw a new one with B = 0, drop the optimizer's state, begin the lear
 Finished links stand beside the base instead of in it: room for all is there from the start, so memory is the same at
 every link, the base is untouched, and the result is an ordinary LoRA of rank `links * rank`. The authors publish no
 code; knots are equally spaced, and the restarted rate falls linearly from the run's peak within every link. `ranks`
-gives every link its own, falling as the residual shrinks; s is the first link's for all.
+gives every link its own, falling as the residual shrinks; s is the first link's for all. Dropout is for the link that
+trains; the finished ones read the whole input, as the weight does.
 Use it when LoRA's rank is too small and a higher one does not fit the optimizer.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from ...core import fields
 from ...core.init import kaiming, zeros
 from ...core.method import WeightMethod
 from ...core.moments import refuse_sharing, replace_value, restart
+from ...core.operators.chain import Chain
 from ...core.operators.low_rank import LowRank
 from ...core.registry import method
 from ...core.rule import Rule, Run
@@ -36,6 +39,7 @@ class ColaChain(WeightMethod):
     """A chain of LoRAs; trains `rank * (in + out)` values a layer at a time, `links` times."""
 
     default_lr = 5e-4
+    everywhere = ("links", "restart")
 
     rank: int = fields.positive(8, "inner dimension r of every link")
     alpha: float = fields.number(16.0, "numerator of the scale alpha / rank", above=0)
@@ -43,6 +47,15 @@ class ColaChain(WeightMethod):
     links: int = fields.positive(2, "M, length of the chain; 1 is LoRA")
     ranks: Any = fields.declared(None, "falling ranks of the links, instead of rank and links", FALLING, _falling)
     restart: bool = fields.flag(True, "begin the learning rate anew with every link; else the run's schedule goes on")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for pattern, settings in self.overrides.items():
+            own = replace(self, overrides={}, **settings).chain
+            if len(own) != len(self.chain):
+                raise ValueError(
+                    f"cola_chain: overrides[{pattern!r}] has {len(own)} links; all places have {len(self.chain)}"
+                )
 
     @property
     def chain(self) -> list[int]:
@@ -52,11 +65,14 @@ class ColaChain(WeightMethod):
     def delta(self, weight: Weight) -> LowRank:
         r, past = self.chain[0], sum(self.chain[:-1])
         a, b = kaiming(r, weight.fan_in), zeros(weight.fan_out, r)
-        room: dict[str, Any] = {"a0": zeros(past, weight.fan_in), "b0": zeros(weight.fan_out, past)} if past else {}
-        return LowRank(a, b, scale=self.alpha / r, dropout=self.dropout, **room)
+        settings: dict[str, Any] = {"scale": self.alpha / r, "dropout": self.dropout}
+        if not past:
+            return LowRank(a, b, **settings)
+        kind = Chain if self.dropout else LowRank
+        return kind(a, b, a0=zeros(past, weight.fan_in), b0=zeros(weight.fan_out, past), **settings)
 
     def rules(self) -> list[Rule]:
-        return [Knots(self.chain, self.restart)] if len(self.chain) > 1 else []
+        return [Knots(self)] if len(self.chain) > 1 else []
 
     def count(self, weight: Weight) -> int:
         return self.chain[0] * (weight.fan_in + weight.fan_out)
@@ -66,8 +82,7 @@ class Knots(Rule):
     """Ties a knot after every `1 / links` of the steps.
 
     Args:
-        ranks: of the links.
-        restart: begin the learning rate anew with every link.
+        method: the chain; its ranks may differ from place to place, the number of its links does not.
 
     Attributes:
         tied: number of finished links.
@@ -75,22 +90,28 @@ class Knots(Rule):
 
     memory = ("tied",)
 
-    def __init__(self, ranks: list[int], restart: bool) -> None:
-        self.ranks, self.links, self.restart, self.tied = ranks, len(ranks), restart, 0
+    def __init__(self, method: ColaChain) -> None:
+        self.method, self.links, self.tied = method, len(method.chain), 0
         self._rates: list[float] | None = None
 
     def attached(self, run: Run) -> None:
         if run.total_steps < self.links:
             raise ValueError(f"cola_chain: links={self.links} need as many steps, the run has {run.total_steps}")
-        if len(set(self.ranks)) > 1:
+        if any(len(set(self._ranks(name))) > 1 for name, _ in run.tuned.of_kind(LowRank, Chain)):
             refuse_sharing("cola_chain with falling ranks")
+
+    def _ranks(self, name: str) -> list[int]:
+        """Of the links of a part."""
+        here = self.method.at(name.rpartition(".")[0])
+        assert isinstance(here, ColaChain)
+        return here.chain
 
     def ends(self, run: Run) -> list[int]:
         """The steps after which links are complete."""
         return [run.total_steps * (k + 1) // self.links for k in range(self.links)]
 
     def gradients(self, run: Run) -> None:
-        if self.restart and run.optimizer is not None:
+        if self.method.restart and run.optimizer is not None:
             ends = [0, *self.ends(run)]
             begin, end = ends[self.tied], ends[self.tied + 1]
             left = 1 - (run.step - begin) / (end - begin)
@@ -110,11 +131,13 @@ class Knots(Rule):
     @torch.no_grad()
     def _tie(self, run: Run) -> None:
         generator = torch.Generator().manual_seed(run.seed * 1000 + self.tied)
-        for _, (a, b, a0, b0) in run.tuned.tensors_of(LowRank, "a", "b", "a0", "b0"):
-            place = slice(sum(self.ranks[: self.tied]), sum(self.ranks[: self.tied + 1]))
+        for name, part in run.tuned.of_kind(LowRank, Chain):
+            a, b, a0, b0 = (part.get_parameter(key) for key in ("a", "b", "a0", "b0"))
+            ranks = self._ranks(name)
+            place = slice(sum(ranks[: self.tied]), sum(ranks[: self.tied + 1]))
             a0[..., place, :] = a
             b0[..., place] = -b  # what a LowRank holds beside its factors is subtracted
-            narrow(a, b, self.ranks[self.tied + 1])
+            narrow(a, b, ranks[self.tied + 1])
             a.copy_(kaiming(*a.shape, generator=generator))
             b.zero_()
             for parameter in (a, b):
@@ -122,8 +145,8 @@ class Knots(Rule):
         self.tied += 1
 
     def resumed(self, run: Run) -> None:
-        for _, (a, b) in run.tuned.tensors_of(LowRank, "a", "b"):
-            narrow(a, b, self.ranks[self.tied])
+        for name, part in run.tuned.of_kind(LowRank, Chain):
+            narrow(part.get_parameter("a"), part.get_parameter("b"), self._ranks(name)[self.tied])
 
 
 def narrow(a: nn.Parameter, b: nn.Parameter, rank: int) -> None:

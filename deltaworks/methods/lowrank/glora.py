@@ -32,6 +32,8 @@ class GLoRA(Method):
     """Weights and biases scaled and shifted; at most `2 rank (in + out) + rank (in + 1) + 2 out` values a layer."""
 
     default_lr = 1e-4
+    overridable = True
+    everywhere = ("supernet",)
 
     on: Any = fields.sites(LINEAR)
     rank: int = fields.positive(4, "inner dimension r of the terms of kind lora")
@@ -69,7 +71,7 @@ class GLoRA(Method):
 
     def bias_terms(self, weight: Weight) -> BiasTerms | None:
         """C, D and E of a weight's bias, None if there are none; without a bias there is nothing for D to scale."""
-        d = self.d if self.supernet or weight.bias() is not None else "none"
+        d = self.d if weight.bias() is not None else "none"
         kinds = {"c": self.c, "d": d, "e": self.e}
         if not self.supernet and set(kinds.values()) == {"none"}:
             return None

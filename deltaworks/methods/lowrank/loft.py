@@ -30,6 +30,7 @@ class LoFT(WeightMethod):
     """LoRA at scale 1 under full fine-tuning's optimizer; trains `rank * (in + out)` values a layer."""
 
     default_lr = 2e-4
+    everywhere = ("beta1", "beta2", "eps", "clip", "damp_a", "damp_b")
 
     rank: int = fields.positive(8, "inner dimension r")
     dropout: float = fields.fraction(0.0, "probability of dropping an input feature of the branch")

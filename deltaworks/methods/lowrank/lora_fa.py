@@ -23,6 +23,8 @@ from ...model.weights import Weight
 class LoRAFA(WeightMethod):
     """LoRA with a frozen A; trains `rank * out` values a layer."""
 
+    everywhere = ("project",)
+
     rank: int = fields.positive(8, "inner dimension r")
     alpha: float = fields.number(16.0, "numerator of the scale alpha / rank", above=0)
     dropout: float = fields.fraction(0.0, "probability of dropping an input feature of the branch")

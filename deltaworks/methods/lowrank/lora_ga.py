@@ -34,6 +34,7 @@ class LoRAGA(WeightMethod):
 
     needs_data = True
     default_lr = 1e-4
+    everywhere = ("per_pass",)
 
     rank: int = fields.positive(8, "inner dimension r; at most half of the layer's smaller width is used")
     alpha: float = fields.number(16.0, "numerator of the scale alpha / sqrt(rank)", above=0)
@@ -78,6 +79,7 @@ class LoRAGA(WeightMethod):
             u, v = u[weight.number], v[weight.number]  # type: ignore[attr-defined]
         rank, scale = self._rank(weight), self.alpha / math.sqrt(self.rank)
         index = torch.arange(2 * rank) if self.direction != "random" else torch.randperm(2 * rank)
+        index %= u.shape[-1]  # one row or column has but one direction, which both factors take
         halves = (index[1::2], index[::2]) if self.direction == "ArBr" else (index[:rank], index[rank:])
         for_a, for_b = reversed(halves) if self.direction == "A2rBr" else halves
         c = {"stable": weight.fan_out**0.25 / math.sqrt(self.gamma), "unit": 1.0, "gd": 1 / scale}.get(self.size)

@@ -2,7 +2,8 @@
 
 W' = dequant(W_nf4) + s B A  at every linear layer of the blocks,  s = alpha / rank,  A Kaiming uniform, B = 0.
 The adapter is LoRA; what the paper adds is the base, held in 4-bit NormalFloat with doubly quantised constants. That is
-a matter of loading: `deltaworks tune --quantize nf4`, or `quantize="nf4"`. Other pages work beside such a base too.
+a matter of loading: `deltaworks tune --quantize nf4`, or `quantize="nf4"`, and its paged optimizer one of training,
+`--optimizer paged_adamw`. Other pages work beside such a base too.
 This one is the paper's recipe (rank 64, alpha 16, dropout 0.1, all linear layers, lr 2e-4) and warns when the base it
 is put on is not quantised, since then it is LoRA and saves no memory.
 Use it when the base does not fit in 16 bit.

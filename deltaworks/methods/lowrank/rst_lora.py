@@ -9,7 +9,7 @@ relations become groups of features (in order) and what decoders have (gamma = 0
 published.
 gamma comes with the batch: `model(**batch, importance=gamma)` or `model(**batch, parse=p, units=units)`, of which
 `variant` makes it; where a call cannot carry it, as in generation, `with importance(tuned, gamma): ...`. `aligned`
-finds the tokens of a parse's units, `overlap` stands in for a parser. Without gamma it trains as LoRA does, and says so.
+finds the tokens of a parse's units, `overlap` stands in for a parser. Without gamma it trains as LoRA, and says so.
 Use it for summarising long documents that come with a discourse parse, or with any weight of tokens.
 """
 
@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...core import fields
@@ -64,6 +63,7 @@ class RSTLoRA(WeightMethod):
     default_lr = 5e-5
     # Queries and values, its places, are those of an attention.
     refuses = ("mamba",)
+    everywhere = ("variant",)
 
     on: Any = fields.sites(["attention.query", "attention.value"])
     rank: int = fields.positive(8, "inner dimension r")

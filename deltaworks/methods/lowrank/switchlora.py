@@ -32,6 +32,7 @@ class SwitchLoRA(WeightMethod):
     """LoRA whose vectors are exchanged while it trains; trains `rank * (in + out)` values a layer at a time."""
 
     default_lr = 1e-2
+    everywhere = ("interval", "decay", "still", "seed")
 
     rank: int | None = fields.positive(None, "r; none: a quarter of the layer's smaller width", optional=True)
     alpha: float = fields.number(1.0, "numerator of the scale alpha / rank", above=0)
@@ -124,24 +125,28 @@ class Switching(Rule):
         run.record("switchlora.switched", switched)
 
     def _switch(self, name: str, partner: str, factors: dict[str, Tensor], part: Any, run: Run) -> int:
-        """Exchange vectors of one factor while the other's stand still; how many."""
+        """Exchange vectors of one factor while the other's stand still; how many. None if the pool is all in use."""
         side, other, key = self.sides[name], self.sides[partner], name[-1]
         rank, widths = len(side["slots"]), [factor.shape[-1] for factor in factors.values()]
+        size = min(widths)
         bound = dict(zip(factors, bounds(widths[0], widths[1], rank), strict=True))[key]
         expected = self.rate(rank, run)
         wanted = int(expected) + int(float(torch.rand((), generator=self.generator)) < expected - int(expected))
+        wanted = min(wanted, rank) if rank < size else 0
         candidate, first = side["next"]
         rows: list[int] = []
-        for k in ((first + i) % rank for i in range(min(wanted, rank))):
+        for k in ((first + i) % rank for i in range(wanted)):
             if side["still"][k] or other["still"][k]:
                 break
             rows.append(k)
         for k in rows:
+            while candidate in side["slots"]:  # of two rows with one slot, one would be lost in the pool
+                candidate = (candidate + 1) % size
             vector, old = factors[key][..., k, :], factors[key][..., k, :].clone()
             side["pool"][side["slots"][k]] = old.cpu()
             fresh = side["pool"].pop(candidate, None)
             vector.copy_(self._drawn(old.shape, bound) if fresh is None else fresh)
-            side["slots"][k], candidate = candidate, (candidate + 1) % min(widths)
+            side["slots"][k], candidate = candidate, (candidate + 1) % size
             held, change = factors[partner[-1]][..., k, :], old - vector
             left, right = (held, change) if key == "a" else (change, held)
             part.shift.add_(left.unsqueeze(-1) * right.unsqueeze(-2), alpha=setting(part, "scale"))

@@ -32,6 +32,7 @@ class VBLoRA(WeightMethod):
     exact_at_start = False
     default_lr = 1e-3
     ordered = (("top", "vectors", "it chooses among them"),)
+    everywhere = ("keep_logits",)
 
     rank: int = fields.positive(4, "inner dimension r")
     vectors: int = fields.positive(90, "h, vectors in the bank; the paper takes 2048 for a 7B model")

@@ -24,6 +24,7 @@ class VeRA(WeightMethod):
     """Two trained vectors around a shared random pair; trains `rank + out` values a layer."""
 
     default_lr = 1e-2
+    everywhere = ("seed",)
 
     rank: int = fields.positive(256, "inner dimension r of the shared pair")
     d_initial: float = fields.number(0.1, "starting value of lambda_d")
