@@ -309,7 +309,8 @@ def _weighted(
         special = {"embedding": "look_up", "convolution": "convolve"}[kind]
         ready = [d for d in deltas if d.site.parameter == "weight" and d.site.rows is None and hasattr(d, special)]
         factor = _factor(layer)
-        if len(ready) == len(deltas) and factor is not None:
+        summed = len(deltas) == 1 or all(delta.additive for delta in deltas)
+        if len(ready) == len(deltas) and factor is not None and summed:
             y = call(*args)
             for delta in deltas:
                 y = y + (getattr(delta, special)(args[0], layer) * factor).to(y.dtype)

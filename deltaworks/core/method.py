@@ -42,6 +42,7 @@ class Method:
         default_lr: a learning rate to begin with, the sheet's or the field's usual one.
         refuses: kinds of bases it cannot work on, as the tests name them; everything else it must.
         overridable: `overrides` mean something to it.
+        everywhere: hyper-parameters that its rules and shared tensors read, so that no override may change them.
         ordered: pairs of hyper-parameters of which the first may not be above the second, each with the reason.
 
     Attributes:
@@ -58,7 +59,8 @@ class Method:
     exact_gradient: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-3
     refuses: ClassVar[tuple[str, ...]] = ()
-    overridable: ClassVar[bool] = True
+    overridable: ClassVar[bool] = False
+    everywhere: ClassVar[tuple[str, ...]] = ()
     ordered: ClassVar[tuple[tuple[str, str, str], ...]] = ()
 
     overrides: dict[str, dict[str, Any]] = fields.mapping(
@@ -84,6 +86,11 @@ class Method:
             if not isinstance(settings, dict):
                 raise ValueError(
                     f"{self.slug}: overrides[{pattern!r}] must be a mapping of hyper-parameters, not {settings!r}"
+                )
+            fixed = [name for name in settings if name in (*self.everywhere, "on", "overrides")]
+            if fixed:
+                raise ValueError(
+                    f"{self.slug}: {fixed[0]} is the same at all places; overrides[{pattern!r}] cannot change it"
                 )
             dataclasses.replace(self, overrides={}, **fields.parse(type(self), settings))
 
@@ -134,6 +141,8 @@ class Method:
 @dataclass(kw_only=True, frozen=True)
 class WeightMethod(Method):
     """A method that puts one delta at each chosen weight."""
+
+    overridable = True
 
     on: Any = fields.sites(LINEAR)
 

@@ -187,13 +187,17 @@ class Tuned:
     def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Groups for any `torch.optim` optimizer: the method's own rates and decays, the run's elsewhere.
 
+        What trains of the base itself, such as a new head, has the run's.
+
         Args:
             lr: learning rate of the run; methods with several rates scale it.
             weight_decay: decay of the run; methods that must not decay some tensors override it.
         """
         groups: dict[tuple, dict[str, Any]] = {}
+        places = (part.site for _, part in self.named_parts() if isinstance(part, Trained))
+        in_place = {_join(site.path, site.parameter or "weight") for site in places}
         for name, parameter in self.named_parameters():
-            own = self.method.group_of(name)
+            own = {} if name in in_place else self.method.group_of(name)
             key = tuple(sorted(own.items()))
             group = groups.setdefault(
                 key,

@@ -159,7 +159,7 @@ def _both(mask: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 
 def _writes(base: Anatomy, path: str) -> bool:
-    """Whether a module of a model with encoder and decoder sees the tokens that are written, not those that are read."""
+    """Whether a module of an encoder-decoder sees the tokens that are written, not those that are read."""
     if path == base.head:
         return True
     if any((site.role or "") in ("cross_attention.key", "cross_attention.value", "cross_attention.kv")

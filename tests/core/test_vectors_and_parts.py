@@ -80,3 +80,13 @@ def test_scales_of_two_parts_of_one_projection_meet_only_their_own_rows() -> Non
     model(**batch)
     assert sorted(factors.unique().tolist()) == [1.0, 2.0, 3.0]
     assert torch.allclose(seen[1], seen[0] * factors, atol=1e-6)
+
+
+@pytest.mark.parametrize("slug", ["bitfit", "fourierft", "ia3", "lora_plus", "vb_lora"])
+def test_what_trains_of_the_base_has_the_runs_rate_and_decay(slug: str) -> None:
+    model, _ = FAMILIES["llama"]()
+    tuned = dw.attach(model, dw.method(slug), also="norm.final", seed=0)
+    groups = {name: group for group in tuned.parameter_groups(0.5, weight_decay=0.25) for name in group["names"]}
+    own = groups.pop("model.norm.weight")
+    assert (own["lr"], own["weight_decay"]) == (0.5, 0.25)
+    assert any((group["lr"], group["weight_decay"]) != (0.5, 0.25) for group in groups.values())

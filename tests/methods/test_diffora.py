@@ -210,3 +210,31 @@ def test_a_best_checkpoint_from_the_search_is_not_taken_for_the_result(tmp_path:
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
     assert all(isinstance(p, (LowRank, LentLowRank)) for p in tuned.parts())
     assert any(p.factors()[1].any() for p in tuned.parts()), "what was learnt after the search is kept"
+
+
+def test_places_keep_their_own_rank_scale_and_dropout() -> None:
+    own = {r"layers\.0\..*": {"rank": 4, "alpha": 2.0, "dropout": 0.25}}
+    model, batch, tuned, _, _ = searched(alpha=6.0, overrides=own)
+    assert {type(part) for part in tuned.parts()} == {LowRank, LentLowRank}
+    for one in tuned.parts():
+        assert (one.rank, one.scale, one.dropout) == ((4, 0.5, 0.25) if one.site.block == 0 else (2, 3.0, 0.0))
+    model.train()
+    model(**batch).loss.backward()
+
+
+def test_a_search_has_steps_for_the_thetas() -> None:
+    rules = decoder(search=0.3, warmup=0.1)[2].run(4)
+    rules.emit("attached")
+    selection = rules.rules[0]
+    assert [selection.of_thetas(step, rules.run) for step in range(selection.end(rules.run))] == [False, True]
+    decoder(search=6, warmup=4)[2].run(12).emit("attached")
+    with pytest.raises(ValueError, match="diffora: warmup takes 5 of the search's 6 steps"):
+        decoder(search=6, warmup=5)[2].run(12).emit("attached")
+
+
+def test_a_share_that_keeps_nothing_is_refused_unless_the_others_share() -> None:
+    with pytest.raises(ValueError, match="diffora: keep=0.07 of 7 weights is none"):
+        searched(keep=0.07, share=False)
+    _, _, tuned, _, _ = searched(keep=0.07)
+    assert all(isinstance(part, LentLowRank) for part in tuned.parts())
+    assert len(list(searched(keep=0.08, share=False)[2].parts())) == 2

@@ -30,3 +30,12 @@ def test_it_acts_on_attention_and_a_is_as_small_as_it_is_high() -> None:
     assert {part.site.role for part in tuned.parts()} == {f"attention.{r}" for r in ("query", "key", "value", "output")}
     spread = torch.cat([part.w1.flatten() * len(part.w1) for part in tuned.parts()]).std()
     assert 0.9 < spread < 1.1
+
+
+def test_cross_attention_is_named_by_itself() -> None:
+    def reached(**settings) -> set[str]:
+        tuned = dw.attach(FAMILIES["t5"]()[0], dw.DiffuseKronA(**settings), seed=0)
+        return {part.site.role.partition(".")[0] for part in tuned.parts()}
+
+    assert reached() == {"attention"}
+    assert reached(on=["attention", "cross_attention"]) == {"attention", "cross_attention"}

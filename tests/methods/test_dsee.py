@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import deltaworks as dw
@@ -65,12 +66,19 @@ def test_the_entries_are_what_a_rank_one_decomposition_leaves_of_the_pretrained_
     spikes = torch.randperm(1200)[:6]
     w.view(-1)[spikes] += torch.tensor([4.0, -5, 6, 4.5, -4.2, 5.5])
     assert outliers(w, 6).tolist() == spikes.sort().values.tolist()
-    model, _, plain, tuned = attached()
+    model, batch, plain, tuned = attached()
+    torch.manual_seed(0)
     for name, part in tuned.named_parts():
         if isinstance(part, PrunedLowRankSparse):
             assert "query" in name or "value" in name
+            torch.randn(part.a.shape)  # is drawn before
+            assert part.index.tolist() == outliers(plain[name], 9).tolist()
             assert len(part.index) == 9 and len(set(part.index.tolist())) == 9 and not part.values.any()
             assert torch.equal(model.get_parameter(name), plain[name])
+    places = [part.index.clone() for _, part in tuned.of_kind(PrunedLowRankSparse)]
+    list(run(model, batch, tuned))
+    for (_, part), before in zip(tuned.of_kind(PrunedLowRankSparse), places, strict=True):
+        assert torch.equal(part.index, before) and part.values.any()
 
 
 def test_trained_values_are_the_formula() -> None:
@@ -225,6 +233,18 @@ def test_coefficients_choose_heads_and_neurons_which_can_be_taken_out(family: st
         assert small.shape[side] == whole.shape[side] - round(0.4 * whole.shape[side])
 
 
+@pytest.mark.parametrize("score", ["W", "WAB", "WABS"])
+def test_heads_are_scored_as_asked(score: str) -> None:
+    model, batch, _, tuned = attached(prune="heads", ratio=0.25, score=score)
+    with torch.no_grad():
+        for name, part in tuned.of_kind(PrunedLowRankSparse):  # the first head is the weakest but for its change
+            model.get_parameter(name)[:8].mul_(0.1)
+            part.b[:8].fill_(10.0)
+    list(run(model, batch, tuned))
+    for _, part in tuned.of_kind(PrunedLowRankSparse):
+        assert bool(part.mask()[:8].any()) == (score != "W") and not part.mask().all()
+
+
 def test_heads_that_cannot_be_taken_out_are_refused_and_nothing_changes() -> None:
     model, _ = FAMILIES["gpt2"]()
     with pytest.raises(ValueError, match="no rows of layers of their own"):
@@ -257,3 +277,28 @@ def test_it_resumes_at_any_step_bit_for_bit(prune: str, tmp_path: Path) -> None:
         resumed, again, _ = trained(method, tmp_path, steps=6, stop=stop)
         assert list(whole) == list(resumed) and history == again, stop
         assert all(torch.equal(value, resumed[name]) for name, value in whole.items()), stop
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(("family", "on"), [("cnn", nn.Conv2d), ("llama", nn.Embedding)])
+def test_masks_act_at_convolutions_and_embeddings_as_when_merged(family: str, on: type, inside: bool) -> None:
+    model, batch, _, tuned = attached(family, on=on, inside=inside)
+    rules = tuned.run(6, optimizer=torch.optim.AdamW(tuned.parameter_groups(1e-2)))
+    rules.emit("attached")
+    for _ in range(6):
+        rules.step(lambda: model(**batch)["logits"].square().mean())
+    gone, whole = zeros(tuned, PrunedLowRankSparse)
+    assert gone == round(whole / 2)
+    for name, part in tuned.of_kind(PrunedLowRankSparse):
+        assert part.site.kind in ("conv", "embedding"), name
+    beside = model(**batch)["logits"].detach()
+    dw.merge(model)
+    assert torch.allclose(model(**batch)["logits"], beside, atol=1e-5)
+
+
+def test_it_refuses_experts_in_one_tensor_and_a_run_that_ends_before_it_prunes() -> None:
+    with pytest.raises(ValueError, match="dsee: model.layers.0.* holds 4 experts in one tensor"):
+        attached("mixtral", on="mlp")
+    with pytest.raises(ValueError, match="dsee: first takes 6 of the run's 6 steps"):
+        attached(first=6)[3].run(6).emit("attached")
+    attached(first=6, prune="nothing")[3].run(6).emit("attached")

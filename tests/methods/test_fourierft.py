@@ -125,3 +125,17 @@ def test_a_preferred_frequency_draws_entries_around_it() -> None:
 
     near, far, free = distances(5.0, 2.0), distances(25.0, 2.0), distances(None, 2.0)
     assert (near - 5).abs().mean() < 2 and (far - 25).abs().mean() < 2 < (free - 25).abs().mean()
+
+
+def test_what_trains_beside_it_decays_as_the_run_says() -> None:
+    model, _ = net(12, 8, 6)
+    tuned = dw.attach(model, dw.FourierFT(n=5, on="first"), also="second", seed=0)
+    groups = tuned.parameter_groups(1e-2, weight_decay=0.1)
+    decays = {name: group["weight_decay"] for group in groups for name in group["names"]}
+    assert decays == {"first.weight.c": 0.0, "second.weight": 0.1, "second.bias": 0.1}
+
+
+def test_a_width_without_a_centre_is_refused() -> None:
+    with pytest.raises(ValueError, match="width=50 is of a preferred frequency; give center as well"):
+        dw.FourierFT(width=50)
+    assert dw.FourierFT(width=50, center=5).width == 50

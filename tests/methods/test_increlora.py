@@ -220,3 +220,31 @@ def test_a_copy_of_a_growing_model_grows_by_itself() -> None:
 def test_ranks_cannot_be_asked_to_fall() -> None:
     with pytest.raises(ValueError, match="init_rank=2 is above target_rank=1; ranks only grow"):
         dw.IncreLoRA(init_rank=2, target_rank=1)
+
+
+def test_the_score_under_autocast_is_that_without() -> None:
+    scores = []
+    for autocast in (False, True):
+        model, x, tuned, rule = start()
+        model.float()
+        nudge(tuned)
+        for delta in tuned.parts():
+            delta.prefers_side = lambda *_: True
+        rules = tuned.run(STEPS, optimizer=torch.optim.SGD(tuned.parameters(), lr=0.1))
+        rules.emit("attached")
+        rules.emit("step_begin")
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(x.float()).square().mean()
+        loss.backward()
+        rules.emit("gradients")
+        rules.run.optimizer.step()
+        rules.emit("step_end")
+        scores.append([mean for mean, _ in rule.importance.smoothed.values()])
+    assert min(scores[0]) > 0 and scores[1] == pytest.approx(scores[0], rel=0.05)
+
+
+@pytest.mark.parametrize("settings", [{"warmup": STEPS}, {"interval": STEPS}])
+def test_a_run_that_ends_before_a_layer_could_grow_is_refused(settings: dict) -> None:
+    with pytest.raises(ValueError, match="increlora: layers first grow after step 2[58], the run has 24; shorten"):
+        start(**settings)[2].run(STEPS).emit("attached")
+    start(**settings, target_rank=1)[2].run(STEPS).emit("attached")

@@ -10,6 +10,8 @@ import torch
 import deltaworks as dw
 from deltaworks.core.operators.offset import Offset
 from deltaworks.core.operators.tensor_train import OFFICIAL, TrainBottleneck, axes, contracted, cores, size
+from deltaworks.model.anatomy import describe
+from deltaworks.model.weights import Weight
 from tests.families import FAMILIES
 from tests.methods.toys import attach, net, nudge, part, steps
 
@@ -40,6 +42,18 @@ def test_fresh_maps_have_the_wanted_deviation_on_average() -> None:
     assert abs(variance.sqrt() * math.sqrt(776) - 1) < 0.1
 
 
+def test_the_methods_give_fresh_maps_the_sizes_of_their_layers() -> None:
+    torch.manual_seed(0)
+    weight, base = Weight(torch.nn.Linear(24, 40)), describe(FAMILIES["llama"]()[0])
+    rep = dw.LoRETTARep(rank=24, train_rank=8, start="random")
+    adp = dw.LoRETTAAdp(bottleneck=16, train_rank=8, start="random", norms=False)
+    totals, squares = (24 + 24, 24 + 40, 32 + 16, 32 + 16), torch.zeros(4)
+    for _ in range(400):
+        maps = (*rep.delta(weight).factors(), *next(adp.parts(base, {}, None)).part.maps())
+        squares += torch.stack([m.detach().square().mean() for m in maps]) / 400
+    assert ((squares * torch.tensor(totals)).sqrt() - 1).abs().max() < 0.06
+
+
 @pytest.mark.parametrize("start", ["subtracted", "random"])
 def test_the_low_rank_form_starts_as_it_says_and_every_core_learns(start: str) -> None:
     model, x = net(12, 8, 6)
@@ -50,6 +64,22 @@ def test_the_low_rank_form_starts_as_it_says_and_every_core_learns(start: str) -
     assert all(p.grad.abs().sum() > 0 for p in tuned.parameters())
     tuned_count = sum(p.numel() for p in part(tuned).parameters() if p.requires_grad)
     assert tuned_count == size(axes(12, 4), 2) + size(axes(8, 4), 2)
+
+
+@pytest.mark.parametrize(("start", "rank"), [("random", 3), ("subtracted", 6)])
+def test_the_rank_is_that_of_the_factors(start: str, rank: int) -> None:
+    tuned = attach(net(12, 8, 6)[0], dw.LoRETTARep, rank=3, start=start)
+    nudge(tuned, 1.0)
+    assert torch.linalg.matrix_rank(part(tuned).dense()) == rank
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_all_norms_train_beside_it(family: str) -> None:
+    model, _ = FAMILIES[family]()
+    own = {name for name, _ in model.named_parameters()}
+    norms = {name for name in own if "norm" in name.lower()}
+    tuned = dw.attach(model, dw.LoRETTARep(), also="norm", seed=0)
+    assert len(norms) >= 5 and {name for name, _ in tuned.named_parameters()} & own == norms
 
 
 def test_the_change_is_that_of_the_trains_of_low_rank_and_merges() -> None:

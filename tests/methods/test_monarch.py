@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import deltaworks as dw
-from deltaworks.core.operators.monarch import Monarch, projected
+from deltaworks.core.operators.monarch import Monarch, Replaced, projected
+from deltaworks.model.weights import Weight
 from tests.families import FAMILIES
+from tests.methods.resuming import trained
 from tests.methods.toys import attach, net, nudge, part, saved_shapes, steps
 
 CASES = [(12, 12, 3, 4, 1), (12, 20, 4, 2, 2), (10, 7, 3, 2, 2), (6, 6, 2, 2, 3)]
@@ -93,12 +95,98 @@ def test_a_full_projection_changes_nothing_even_in_part_of_a_fused_layer() -> No
     assert not torch.allclose(model(**batch).logits, base, atol=1e-3)
 
 
-def test_the_official_width_and_the_count() -> None:
-    model, _ = net(32, 32, 16)
-    tuned = attach(model, dw.Monarch, rank=None)
-    assert part(tuned).w1.shape == (4, 8, 8) and part(tuned).w2.shape == (4, 8, 8)
+@pytest.mark.parametrize(
+    ("settings", "sizes", "shapes"),
+    [
+        ({}, (32, 32), ((4, 4, 8), (4, 8, 4))),
+        ({"mode": "project"}, (32, 32), ((4, 8, 8), (4, 8, 8))),
+        ({"mode": "project", "rank": 1}, (32, 32), ((4, 4, 8), (4, 8, 4))),
+        ({"mode": "project", "blocks": 2}, (10, 7), ((2, 4, 5), (2, 4, 4))),
+        ({"mode": "project", "blocks": [4, 3]}, (12, 10), ((4, 3, 3), (3, 4, 4))),
+        ({"blocks": 3, "rank": 2}, (10, 7), ((3, 6, 4), (3, 3, 6))),
+        ({"blocks": [3, 2], "rank": 9}, (12, 20), ((3, 8, 4), (2, 10, 12))),
+    ],
+)
+def test_the_rank_is_the_modes_own_and_the_count_that_of_the_factors(settings, sizes, shapes) -> None:
+    model, _ = net(*sizes, 4)
+    tuned = attach(model, dw.Monarch, on="first", **settings)
+    assert (part(tuned).w1.shape, part(tuned).w2.shape) == shapes
+    assert sum(p.numel() for p in tuned.parameters()) == tuned.method.count(Weight(model.first))
+
+
+def test_the_papers_sizes() -> None:
+    weight = Weight(torch.nn.Linear(768, 768, device="meta"))
+    assert dw.Monarch(mode="project").count(weight) == 294_912
+    assert dw.Monarch(mode="project", blocks=[32, 24]).count(weight) == 43_008
+    assert dw.Monarch(mode="project", blocks=[32, 24], rank=2).count(weight) == 2 * 43_008
+
+
+@pytest.mark.parametrize("mode", ["delta", "project"])
+def test_numbers_of_blocks_may_differ(mode: str) -> None:
+    model, x = net(48, 40, 6)
+    weight = model.first.weight.detach().clone()
+    tuned = attach(model, dw.Monarch, mode=mode, blocks=[3, 2], rank=1)
+    nudge(tuned)
+    changed = part(tuned).dense() + (weight if mode == "delta" else 0)
+    assert torch.allclose(model.first(x), x @ changed.T + model.first.bias)
+
+
+@pytest.mark.parametrize("blocks", [0, True, [4], [4, 0], [4, 2, 1], "4", None])
+def test_blocks_are_a_number_or_two(blocks) -> None:
+    with pytest.raises(ValueError, match="it must be a whole number of at least 1, or a list of two of them, K and L"):
+        dw.Monarch(blocks=blocks)
+
+
+def test_settings_of_the_other_mode_are_refused() -> None:
     with pytest.raises(ValueError, match="dropout=0.1 is for mode='delta'"):
         dw.Monarch(mode="project", dropout=0.1)
+    with pytest.raises(ValueError, match="densify=0.9 is for mode='project'"):
+        dw.Monarch(densify=0.9)
+
+
+def test_after_its_share_of_the_steps_it_goes_on_as_a_dense_matrix(tmp_path) -> None:
+    model, x = net(12, 8, 6)
+    tuned = attach(model, dw.Monarch, mode="project", blocks=2, rank=1, densify=0.5)
+    optimizer = torch.optim.Adam(tuned.parameter_groups(0.1))
+    rules = tuned.run(4, optimizer=optimizer)
+    rules.emit("attached")
+
+    def rank() -> int:
+        matrix = part(tuned).fold(model.first.weight.detach())
+        return max(int(torch.linalg.matrix_rank(matrix[l::2, 6 * k : 6 * k + 6])) for l in (0, 1) for k in (0, 1))
+
+    for kind, reached in ((Monarch, 1), (Replaced, 1), (Replaced, 4), (Replaced, 4)):
+        rules.step(lambda: model(x).square().sum())
+        assert type(part(tuned)) is kind and rank() == reached
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in tuned.parameters()]
+    output = model(x)
+    dw.save(model, tmp_path / "adapter")
+    fresh, _ = net(12, 8, 6)
+    dw.load(fresh, tmp_path / "adapter")
+    assert torch.equal(fresh(x), output)
+    dw.merge(model)
+    assert torch.allclose(model(x), output)
+    dw.detach(model)
+    assert torch.equal(model.first.weight, net(12, 8, 6)[0].first.weight)
+
+
+def test_multiplying_out_changes_nothing() -> None:
+    model, x = net(12, 8, 6)
+    tuned = attach(model, dw.Monarch, mode="project", blocks=2, rank=1, densify=0.5)
+    nudge(tuned)
+    before, rules = model(x), tuned.run(2)
+    rules.emit("step_end")
+    assert type(part(tuned)) is Replaced and torch.allclose(model(x), before)
+
+
+@pytest.mark.parametrize(("family", "stops"), [("llama", (1, 3, 4)), ("mixtral", (2, 3))])
+def test_densified_it_resumes_bit_for_bit(family: str, stops: tuple[int, ...], tmp_path) -> None:
+    method = dw.Monarch(mode="project", densify=0.5)
+    whole, _, _ = trained(method, tmp_path, family, steps=6)
+    for stop in stops:
+        resumed, _, _ = trained(method, tmp_path, family, steps=6, stop=stop)
+        assert list(whole) == list(resumed), stop
+        assert all(torch.equal(value, resumed[name]) for name, value in whole.items()), stop
 
 
 def test_training_keeps_the_input_only() -> None:

@@ -110,6 +110,7 @@ def test_the_rearranged_matrix_has_rank_one_and_ranks_multiply() -> None:
 )
 def test_sides_are_split_as_the_field_does(size: int, factor: int, wanted: tuple[int, int]) -> None:
     assert split(size, factor) == wanted
+    assert split(size, factor, ordered=True) == tuple(sorted(wanted))
 
 
 def test_lokr_counts_and_switches_exactly_at_half_the_larger_side() -> None:
@@ -125,6 +126,19 @@ def test_lokr_counts_and_switches_exactly_at_half_the_larger_side() -> None:
         (delta,) = dw.attach(model, dw.LoKr(on=nn.Linear, rank=r, both=True)).parts()
         assert ("w1" in dict(delta.named_parameters())) == full
         dw.detach(model)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(48, 24), lambda: nn.Conv2d(24, 8, 3)])
+@pytest.mark.parametrize("factor", [-1, 3, 8, 12])
+def test_lokr_has_the_sides_of_lycoris_where_told_also_for_a_factor_above_the_root(make, factor: int) -> None:
+    modules = pytest.importorskip("lycoris.modules.lokr")
+    for both in (False, True):
+        theirs = modules.LokrModule("one", make(), lora_dim=1, alpha=2, factor=factor, decompose_both=both)
+        model = nn.Sequential(make())
+        method = dw.LoKr(on="^0$", rank=1, alpha=2.0, factor=factor, both=both, init="lycoris")
+        (ours,) = dw.attach(model, method).parts()
+        wanted = {name.removeprefix("lokr_"): list(value.shape) for name, value in theirs.named_parameters()}
+        assert {name: list(value.shape) for name, value in ours.named_parameters()} == wanted
 
 
 @pytest.mark.parametrize("init", ["peft", "lycoris"])

@@ -168,3 +168,31 @@ def test_s_learns_at_a_rate_of_its_own() -> None:
     _, _, _, tuned = attached()
     groups = {tuple(sorted({n.rsplit(".", 1)[1] for n in g["names"]})): g["lr"] for g in tuned.parameter_groups(7e-4)}
     assert groups == {("a", "b"): 7e-4, ("values",): pytest.approx(2e-4)}
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_a_weight_that_no_batch_reaches_has_no_gradient_and_as_many_entries(warmup: int) -> None:
+    model, batch = FAMILIES["mlp"]()
+    model.idle = torch.nn.Linear(10, 20)
+    base = model(**batch).logits.detach()
+    tuned = dw.attach(model, dw.RoSA(on=torch.nn.Linear, rank=2, warmup=warmup), data=[batch], seed=0)
+    entries = {name.partition(".")[0]: len(part.values) for name, part in tuned.named_parts()}
+    assert entries == {"first": 9, "second": 9, "last": 1, "idle": 1}
+    assert torch.equal(model(**batch).logits, base)
+
+
+def test_tied_weights_are_chosen_by_their_gradient() -> None:
+    model, batch = FAMILIES["qwen2"]()
+    found = chosen(model, [batch], warmup=0, on=["embedding", "head"])
+    embedding, head = found["model.embed_tokens.weight"], found["lm_head.weight"]
+    assert head == {place % 64 * 32 + place // 64 for place in embedding}, "each as it sees the one tensor"
+
+
+def test_s_counts_once_at_convolutions_of_any_groups() -> None:
+    model, batch = FAMILIES["cnn"]()
+    tuned = dw.attach(model, dw.RoSA(on=torch.nn.Conv2d, rank=2, density=0.1, warmup=0), data=[batch], seed=0)
+    assert {model.get_submodule(name.rpartition(".")[0]).groups for name, _ in tuned.named_parts()} == {1, 2}
+    nudge(tuned)
+    beside = model(**batch).logits.detach()
+    dw.merge(model)
+    assert torch.allclose(model(**batch).logits, beside, atol=1e-5)

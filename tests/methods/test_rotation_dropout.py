@@ -77,3 +77,14 @@ def test_gradients_are_those_of_the_blocks_that_turned(form: str) -> None:
 def test_one_shared_rotation_has_no_block_to_drop() -> None:
     with pytest.raises(ValueError, match="one rotation for all blocks has none to drop"):
         dw.OFT(share=True, dropout=0.1)
+
+
+@pytest.mark.parametrize(("form", "blocks"), [("oft", 4), ("boft", 6), ("butterfly", 6)])
+def test_less_than_a_block_is_dropped_as_often_as_its_share_says(form: str, blocks: int) -> None:
+    model, x, _ = made(form, 0.1)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        whole = model.eval().first(x)
+        model.train()
+        changed = sum(not torch.allclose(model.first(x), whole) for _ in range(200))
+    assert changed / 200 == pytest.approx(0.1 * blocks, abs=0.1)

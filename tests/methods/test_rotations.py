@@ -116,6 +116,14 @@ def test_hra_needs_pairs_to_start_at_the_base_unless_it_is_strict() -> None:
     assert torch.allclose(u.T @ u, torch.eye(3, dtype=torch.float64), atol=1e-10)
 
 
+@pytest.mark.parametrize(("strict", "bound"), [(False, 1 / 2), (True, 1 / math.sqrt(8))])
+def test_hra_draws_columns_as_long_as_the_fields_other_implementation(strict: bool, bound: float) -> None:
+    tuned = dw.attach(nn.Sequential(nn.Linear(300, 4)), dw.HRA(on=nn.Linear, rank=8, strict=strict), seed=0)
+    (delta,) = tuned.parts()
+    assert 0.98 * bound < delta.u.abs().max() <= bound
+    assert torch.equal(delta.u[:, ::2], delta.u[:, 1::2]) == (not strict)
+
+
 def test_hra_penalty_is_the_formula_and_drives_pairs_apart() -> None:
     model, x = net()
     tuned = attach(model, dw.HRA, rank=2, penalty=0.5)

@@ -103,3 +103,8 @@ def test_the_other_form_changes_the_triangular_factor_and_turns_it(sizes: tuple[
     remade = type(delta).remade(delta.configuration(), delta.tensors(), {})
     with pytest.raises(ValueError, match="are not those the adapter was trained in"):
         remade.settle(Weight(other.first))
+
+
+def test_a_rank_is_for_the_other_form() -> None:
+    with pytest.raises(ValueError, match="rank=4 is for form='qr'"):
+        dw.SODA(rank=4)

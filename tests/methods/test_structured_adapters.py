@@ -77,19 +77,21 @@ def test_the_sides_can_be_chosen() -> None:
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_an_adapter_is_its_matrix_a_non_linearity_and_a_bias(structure: str, activation: str) -> None:
     pairs = 3 if structure == "ldr" else 1
-    method = dw.SURMAdapter(structure=structure, activation=activation, pairs=pairs, rank=4, alpha=8.0, scale=1.5)
+    # 12 is reduced to 4, the side that the scale counts with.
+    own = {"rank": 12, "alpha": 8.0} if structure == "kronecker" else {"pairs": pairs, "scale": 1.5}
+    method = dw.SURMAdapter(structure=structure, activation=activation, **own)
     model, _, tuned = attached(method)
     nudge(tuned, size=0.3)
     assert len(list(tuned.parts())) == 4
     for part in tuned.parts():
         assert isinstance(part, StructuredAdapter)
         matrix = part.matrix.dense()
-        own = sum(p.numel() for p in part.parameters()) - 32
+        count = sum(p.numel() for p in part.parameters()) - 32
         if structure == "kronecker":
-            assert own == 32 + 32
+            assert count == 32 + 32
             assert torch.allclose(matrix, 2.0 * torch.kron(part.matrix.w1, part.matrix.w2))
         else:
-            assert own == 2 * pairs * 32
+            assert count == 2 * pairs * 32 and part.matrix.scale == 1.5
         assert torch.linalg.matrix_rank(matrix) >= 16, "as many values as a rank-one product, and yet a high rank"
         h = torch.randn(2, 3, 32)
         f = torch.nn.functional.gelu if activation == "gelu" else lambda z: z
@@ -108,3 +110,13 @@ def test_dropout_acts_on_the_added_path_alone() -> None:
     assert torch.equal(model(**batch)[0], model(**batch)[0])
     with pytest.raises(ValueError, match="pairs=2 is for structure='ldr'"):
         dw.SURMAdapter(pairs=2)
+    for name in ("rank", "alpha"):
+        with pytest.raises(ValueError, match=f"surm_adp: {name}=4 is for structure='kronecker', not circulant"):
+            dw.SURMAdapter(**{name: 4})
+    with pytest.raises(ValueError, match="scale=1.5 is not for a Kronecker product, whose scale is alpha / r"):
+        dw.SURMAdapter(structure="kronecker", scale=1.5)
+
+
+def test_all_blocks_have_one_branch() -> None:
+    with pytest.raises(ValueError, match="krona_b is the same at all its places; it takes no overrides"):
+        dw.KronAB(overrides={"mlp": {"scale": 2.0}})

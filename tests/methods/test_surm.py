@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import deltaworks as dw
+from deltaworks.core.operators.circulant import Circulant
 from deltaworks.core.operators.structured_tiles import STRUCTURES, StructuredTiles
 from deltaworks.model.weights import Weight
 from tests.methods.toys import attach, net, nudge, part, saved_shapes
@@ -105,6 +106,11 @@ def test_what_does_not_fit_is_refused() -> None:
     for given in ({"dropout": 0.1}, {"tile": 2}, {"train_scale": True}):
         with pytest.raises(ValueError, match="neither dropout nor tiles nor train_scale"):
             dw.SURM(structure="kronecker", **given)
+    for name in ("rank", "alpha"):
+        with pytest.raises(ValueError, match=f"surm: {name}=4 is for structure='kronecker', not circulant"):
+            dw.SURM(**{name: 4})
+    with pytest.raises(ValueError, match="scale=1.5 is not for a Kronecker product, whose scale is alpha / r"):
+        dw.SURM(structure="kronecker", scale=1.5)
     with pytest.raises(ValueError, match="scale=2 and train_scale=True are both given"):
         dw.SURM(scale=2.0, train_scale=True)
 
@@ -137,6 +143,32 @@ def test_a_scale_that_trains_starts_at_zero_and_can_leave_it(structure: str, tmp
     assert torch.equal(fresh(x), trained)
     dw.merge(model)
     assert torch.allclose(model(x), trained)
+
+
+@pytest.mark.parametrize("train_scale", [False, True])
+@pytest.mark.parametrize("sizes", [(8, 8, 8), (12, 8, 6)])
+def test_a_circulant_is_kept_as_one_vector(sizes: tuple[int, ...], train_scale: bool, tmp_path: Path) -> None:
+    model, x = net(*sizes)
+    settings = {"train_scale": True} if train_scale else {"scale": 0.5}
+    tuned = attach(model, dw.SURM, on="first", **settings)
+    nudge(tuned, 0.3)
+    delta, before = part(tuned), model(x)
+    change, trained = delta.dense(), delta.a.numel()
+    tuned.run(1).emit("finished")
+    assert [tensor.numel() for tensor in tuned.tensors().values()] == [trained]
+    assert torch.allclose(part(tuned).dense(), change) and torch.allclose(model(x), before)
+    dw.save(model, tmp_path)
+    fresh, _ = net(*sizes)
+    dw.load(fresh, tmp_path)
+    assert torch.allclose(fresh(x), before)
+
+
+@pytest.mark.parametrize("structure", ["toeplitz", "ldr", "kronecker"])
+def test_other_structures_are_kept_as_they_trained(structure: str) -> None:
+    tuned = attach(net(12, 8, 6)[0], dw.SURM, structure=structure, overrides={"second": {"structure": "circulant"}})
+    kinds = [type(one) for one in tuned.parts()]
+    tuned.run(1).emit("finished")
+    assert [type(one) for one in tuned.parts()] == [kinds[0], Circulant]
 
 
 def test_training_keeps_the_input_only() -> None:

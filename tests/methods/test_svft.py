@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import deltaworks as dw
-from deltaworks.core.operators.singular import decomposed
+from deltaworks.core.costs import size_on
+from deltaworks.core.operators.singular import SparseMiddle, decomposed
 from tests.methods.toys import attach, net, nudge, part, saved_shapes, steps
 
 PATTERNS = ("plain", "banded", "random")
+STARTS = ("zeros", "normal")
+SPARSE = [("plain", "normal"), *((pattern, start) for pattern in ("banded", "random", "top") for start in STARTS)]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -113,3 +119,80 @@ def test_training_keeps_nothing_as_wide_as_the_layer() -> None:
     attach(model, dw.SVFit)
     x.requires_grad_()
     assert [shape for shape in saved_shapes(lambda: model.first(x)) if len(shape) > 1] == [(10, 8)]
+
+
+def beside(pattern: str, start: str = "zeros") -> tuple[torch.nn.Module, SparseMiddle]:
+    """A network whose first layer has a sparse M off its start, acting beside the weight."""
+    model, _ = net(8, 8, 8) if pattern == "top" else net(12, 8, 6)
+    settings = {"pattern": pattern, "start": start} | ({} if pattern == "plain" else {"band": 1})
+    tuned = attach(model, dw.SVFT, on="first", **settings)
+    nudge(tuned, 0.3)
+    part(tuned).prefers_side = lambda *_: True
+    return model, part(tuned)
+
+
+@pytest.mark.parametrize("tokens", [2, 40], ids=["entry by entry", "all of M"])
+@pytest.mark.parametrize(("pattern", "start"), SPARSE)
+def test_beside_the_weight_it_is_the_dense_change(pattern: str, start: str, tokens: int) -> None:
+    model, delta = beside(pattern, start)
+    layer, generator = model.first, torch.Generator().manual_seed(3)
+    x = torch.randn(1, tokens, layer.in_features, dtype=torch.float64, generator=generator, requires_grad=True)
+    g = torch.randn(1, tokens, 8, dtype=torch.float64, generator=generator)
+    inputs = [x, *delta.parameters()]
+    expected = torch.nn.functional.linear(x, layer.weight + delta.dense(), layer.bias)
+    wanted = torch.autograd.grad(expected, inputs, g)
+    if tokens == 2:
+        delta.middle = None  # so that making it fails
+    found = layer(x)
+    assert torch.allclose(found, expected)
+    for ours, theirs in zip(torch.autograd.grad(found, inputs, g), wanted, strict=True):
+        assert torch.allclose(ours, theirs)
+    with torch.no_grad():
+        assert torch.allclose(layer(x), expected)
+
+
+def test_half_precision_stays_what_it_is_and_agrees() -> None:
+    delta = beside("banded")[1].bfloat16()
+    delta.m.data = delta.m.data.float()
+    x = torch.randn(1, 12, generator=torch.Generator().manual_seed(3)).bfloat16()
+    assert delta.side(x).dtype == torch.bfloat16
+    assert torch.allclose(delta.side(x).float(), x.float() @ delta.float().dense().T, atol=2e-2)
+
+
+def test_one_token_costs_three_products_of_one_vector() -> None:
+    model, delta = beside("banded")
+    del delta.prefers_side
+    x = torch.randn(1, 1, 12, dtype=torch.float64)
+    products = 2 * (12 * 8 + 12 * 8 + 8 * 8)  # with W, V and U
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        model.first(x)
+    assert counted.get_total_flops() == products
+    with FlopCounterMode(display=False) as counted:
+        model.first(x.requires_grad_()).sum().backward()
+    assert counted.get_total_flops() == 2 * products
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("pattern", [*PATTERNS, "top"])
+def test_sizes_are_known_without_weights(pattern: str, start: str) -> None:
+    method = dw.SVFT(on=torch.nn.Linear, pattern=pattern, start=start)
+    model, _ = net(8, 8, 8)
+    told = size_on(copy.deepcopy(model).to("meta"), method)
+    summary = dw.attach(model, method).summary()
+    assert (told["trainable"], told["saved_bytes"]) == (summary.trainable, summary.stored_bytes)
+
+
+def test_what_no_weights_can_say_is_said_in_a_line() -> None:
+    for method, reason in (
+        (dw.SVFT(on=torch.nn.Linear, pattern="top"), "pattern='top' compares inputs with outputs, and first is 8 x 12"),
+        (dw.SVFit(on=torch.nn.Linear, energy=0.9), "svfit: energy needs singular values"),
+    ):
+        assert reason in size_on(net(12, 8, 6)[0].to("meta"), method)["reason"]
+
+
+def test_settings_of_other_patterns_are_refused() -> None:
+    with pytest.raises(ValueError, match="band=3 is for banded, random and top; pattern='plain' is the diagonal"):
+        dw.SVFT(band=3)
+    for pattern in ("plain", "banded", "top"):
+        with pytest.raises(ValueError, match=f"seed=1 is for pattern='random'; {pattern} draws no entries"):
+            dw.SVFT(pattern=pattern, seed=1)

@@ -160,3 +160,25 @@ def test_it_resumes_at_any_step_bit_for_bit(family: str, stops: tuple[int, ...],
 def test_ranks_cannot_be_asked_to_fall() -> None:
     with pytest.raises(ValueError, match="init_rank=3 is above reference=2; ranks only grow"):
         dw.TriAdaptLoRA(init_rank=3, reference=2)
+
+
+def test_places_grow_by_blocks_of_their_own() -> None:
+    own = {"init_rank": 3, "grow": 1, "divisor": "rank"}
+    model, x, tuned, rule = start(reference=20, overrides={"second": own})
+    nudge(tuned)
+    rules = tuned.run(STEPS)
+    rules.emit("attached")
+    first, second = tuned.parts()
+    assert list(rule.previous.values()) == pytest.approx([float(one.core().detach().norm()) for one in (first, second)])
+    for _ in range(15):
+        before = model(x).detach()
+        rules.emit("step_end")
+        assert torch.allclose(model(x), before, atol=1e-9)
+    assert first.rank > 3 and first.rank % 2 == 1 and 4 < second.rank <= 3 + 5
+
+
+@pytest.mark.parametrize("settings", [{"warmup": STEPS}, {"interval": STEPS + 1}])
+def test_a_run_that_ends_before_the_first_check_is_refused(settings: dict) -> None:
+    with pytest.raises(ValueError, match="triadaptlora: the first check is at step 4[12], the run has 40; shorten"):
+        start(**settings)[2].run(STEPS).emit("attached")
+    start(**settings, reference=1)[2].run(STEPS).emit("attached")

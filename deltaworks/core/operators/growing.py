@@ -99,7 +99,8 @@ class _Observed(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (x,) = ctx.saved_tensors
         if ctx.delta.watch is not None:
-            g, x = gradients[0].reshape(-1, gradients[0].shape[-1]), x.reshape(-1, x.shape[-1])
+            g = gradients[0].reshape(-1, gradients[0].shape[-1])
+            x = x.reshape(-1, x.shape[-1]).to(g.dtype)  # under autocast a layer reads more precisely than it computes
             q, p = (factor.detach().to(g.dtype) for factor in ctx.delta.factors())
             step = max(1, CHUNK // x.shape[1])
             for low in range(0, len(p), step):

@@ -20,6 +20,7 @@ from .low_rank import (
     base_product,
     branch_gradients,
     branch_input,
+    dropped,
     kept,
     plain,
 )
@@ -107,12 +108,29 @@ class LowRankSparse(Factored):
         return sparse_linear(x, weight, bias, *settings, mask, self)
 
     def look_up(self, tokens: Tensor, layer: nn.Embedding) -> Tensor:
-        change = nn.functional.embedding(tokens, self.sparse().T, layer.padding_idx)
-        return super().look_up(tokens, layer) + change
+        rest = nn.functional.embedding(tokens, self._rest(layer).T, layer.padding_idx)
+        return super().look_up(tokens, layer) + rest
 
     def convolve(self, x: Tensor, layer: Any) -> Tensor:
-        kernel = self.sparse().to(x.dtype).unflatten(1, layer.weight.shape[1:])
-        return super().convolve(x, layer) + layer._conv_forward(x, kernel, None)
+        def by(matrix: Tensor, x: Tensor) -> Tensor:
+            return layer._conv_forward(x, matrix.to(x.dtype).unflatten(1, layer.weight.shape[1:]), None)
+
+        y = by(self._rest(layer), x)
+        if layer.groups == 1 and layer.padding_mode == "zeros":
+            return y + super().convolve(x, layer)
+        # What is inherited takes `dense` for other layers, and with it S once more.
+        return y + by(super().dense(), dropped(self, x))
+
+    def _rest(self, layer: nn.Module) -> Tensor:
+        """What the weight of an embedding or a convolution changes by beside the product, `out x in`.
+
+        That is S, and in a subclass that does not only add what it makes of the weight itself.
+        """
+        if self.additive:
+            return self.sparse()
+        weight = Weight(layer).matrix()
+        weight = weight.to(torch.promote_types(weight.dtype, self.values.dtype))
+        return self.fold(weight) - weight - super().dense()
 
 
 def packed(mask: Tensor) -> Tensor:

@@ -89,11 +89,34 @@ class Monarch(Delta):
         y, bias = self.side(x), weight.bias()
         return y if bias is None else y + bias.to(y.dtype)
 
+    def multiplied_out(self) -> Replaced:
+        """The same change as one matrix that trains, of a part that replaces the weight."""
+        return Replaced(self.dense().detach().clone(memory_format=torch.contiguous_format))
+
     def _applied(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
         (k, _, p), l = w1.shape, len(w2)
         x = nn.functional.pad(x, (0, k * p - self.fan_in)).unflatten(-1, (k, p))
         middle = torch.einsum("...kp,kqp->...kq", x, w1.to(x.dtype)).flatten(-2).unflatten(-1, (-1, l))
         return torch.einsum("...rl,lsr->...sl", middle, w2.to(x.dtype)).flatten(-2)[..., : self.fan_out]
+
+
+class Replaced(Delta):
+    """`W' = W0`, a matrix that trains in the weight's place.
+
+    Args:
+        w: W0, `out x in`.
+    """
+
+    additive = False
+
+    def __init__(self, w: Tensor) -> None:
+        super().__init__()
+        if w.dim() != 2:
+            raise ValueError(f"a weight is replaced by a matrix, not by {list(w.shape)}")
+        self.w = nn.Parameter(w)
+
+    def fold(self, weight: Tensor) -> Tensor:
+        return self.w.to(weight.dtype, copy=True)  # a merged base must not share memory with what trains
 
 
 def projected(dense: Tensor, inputs: int, outputs: int, rank: int) -> tuple[Tensor, Tensor]:

@@ -169,7 +169,7 @@ class BlockRotation(Rotation):
         block: b.
         width: in.
         terms: number of terms of the Neumann series, None for the exact Cayley transform.
-        dropout: share of the blocks that turn nothing, drawn in every call in training; one shared block always turns.
+        dropout: share of the blocks that turn nothing, drawn in every call in training; an only block always turns.
     """
 
     settings: ClassVar[tuple[str, ...]] = ("block", "width", "terms", "dropout")
@@ -227,11 +227,14 @@ def leash(k: Tensor, eps: float) -> None:
 
 
 def _spared(part: Any, blocks: int) -> Tensor | None:
-    """Which of some blocks a part's dropout spares this time, `blocks x 1 x 1`; None for no block."""
-    number = int(part.dropout * blocks) if part.training else 0
-    if not number or blocks == 1:
+    """Which of some blocks a part's dropout spares this time, `blocks x 1 x 1`; None where it spares none.
+
+    Their share is the dropout's on average: what it has beyond whole blocks is the probability of one more.
+    """
+    if not (part.dropout and part.training) or blocks == 1:
         return None
     device = next(part.parameters()).device
+    number = (part.dropout * blocks + torch.rand((), device=device)).floor()
     return (torch.randperm(blocks, device=device) < number).view(-1, 1, 1)
 
 

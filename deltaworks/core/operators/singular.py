@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ...model.weights import Weight
 from ..part import Delta
 from .effective import Built
-from .made import Made
+from .made import Made, constant
+from .recompute import recomputed
 from .scaled import Scaled
 
 
@@ -143,6 +144,8 @@ class SpectrumShift(Singular, Scaled, Built):
 class SparseMiddle(Singular, Made):
     """`dW = g U M V^T`, M zero but for some entries, g the sigmoid of a trained gate or one.
 
+    Beside the weight M acts on the tokens, between two thin products; `U M` is made for the changed weight only.
+
     Args:
         m: the entries, `k`.
         index: their places `i * n + j` in M (`n x n`), all different.
@@ -154,6 +157,7 @@ class SparseMiddle(Singular, Made):
     index: Tensor
     scale = 1.0
     train_a = False
+    act, with_base = Delta.act, Delta.with_base  # by way of `side`, which needs no factor
 
     def __init__(
         self, m: Tensor, index: Tensor, prints: Tensor, fan_out: int, fan_in: int, gate: Tensor | None = None
@@ -170,12 +174,37 @@ class SparseMiddle(Singular, Made):
     def rank(self) -> int:
         return self.prints.shape[-1]
 
-    def middle(self, *sources: Tensor) -> Tensor:
-        """g M, `n x n`, of the entries and the gate; of the part's own when none are given."""
+    def prefers_side(self, tokens: int, weight: Weight) -> bool:
+        rank, ends, area = self.rank, self.fan_in + self.fan_out, self.fan_in * self.fan_out
+        built = rank * (area + rank * self.fan_out)  # U M, then its product with V^T
+        if not torch.is_grad_enabled():
+            return tokens * rank * (ends + rank) < built
+        # Two thin products and M's a pass, and M's gradient; or the weight built in both, its gradient and M's.
+        return tokens * rank * (2 * ends + 3 * rank) < 3 * built + tokens * area
+
+    def side(self, x: Tensor) -> Tensor:
+        vh, u = (vectors.to(x.dtype) for vectors in self.vectors())
+        z = recomputed(self._turned, x.reshape(-1, self.fan_in) @ vh.T, *self.sources())
+        return (z @ u.T).view(*x.shape[:-1], self.fan_out)
+
+    def _turned(self, z: Tensor, *sources: Tensor) -> Tensor:
+        """`z (g M)^T` for z of shape `tokens x n`; entry by entry where those are fewer products than M has places."""
+        n = self.rank
+        if len(z) * self.m.shape[-1] > n * n:
+            return z @ self.middle(*sources).to(z.dtype).T
+        i, j = constant(self.index, torch.int64, lambda index: torch.stack([index // n, index % n]), n)
+        terms = z.gather(1, j.expand(len(z), -1)) * self.entries(*sources)
+        return terms.new_zeros(len(z), n).scatter_add(1, i.expand(len(z), -1), terms).to(z.dtype)
+
+    def entries(self, *sources: Tensor) -> Tensor:
+        """g m, `k`, of the entries and the gate; of the part's own when none are given."""
         m, *gate = sources or self.sources()
-        n, index = self.rank, self.index.long()
-        m = m * torch.sigmoid(gate[0]) if gate else m
-        return torch.zeros(n * n, dtype=m.dtype, device=m.device).index_add(0, index, m).view(n, n)
+        return m * torch.sigmoid(gate[0]) if gate else m
+
+    def middle(self, *sources: Tensor) -> Tensor:
+        """g M, `n x n`, of the same."""
+        m, n = self.entries(*sources), self.rank
+        return torch.zeros(n * n, dtype=m.dtype, device=m.device).index_add(0, self.index.long(), m).view(n, n)
 
     def dense(self) -> Tensor:
         return self.m.new_zeros(self.fan_out, self.fan_in) if self.u is None else super().dense()

@@ -12,7 +12,6 @@ from ...model.weights import Weight
 from ..part import Shared, Wrapper
 from .low_rank import LowRank, dropped
 
-
 VARIANTS = ("p_w", "p_wo", "b_w", "b_wo")
 """How gamma is made of a parse: of probabilities or of p >= 0.5, one for every relation or one for all."""
 

@@ -29,6 +29,7 @@ class AdaLoRA(WeightMethod):
     """Triplets under a falling budget; trains `init_rank * (in + out + 1)` values a layer, ends with `target_rank`."""
 
     ordered = (("target_rank", "init_rank", "ranks only fall"),)
+    everywhere = ("target_rank", "t_init", "t_final", "interval", "beta1", "beta2", "gamma")
 
     init_rank: int = fields.positive(12, "r0, rank of every layer at the start; the paper takes 1.5 times the target")
     target_rank: int = fields.positive(8, "average rank of the layers at the end")

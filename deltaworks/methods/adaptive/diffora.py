@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...core import fields
-from ...core.experts import mapped
+from ...core.experts import mapped, setting
 from ...core.init import kaiming, zeros
 from ...core.method import WeightMethod
 from ...core.moments import refuse_sharing, regroup
@@ -35,6 +35,7 @@ class DiffoRA(WeightMethod):
     """LoRA where a search finds that it pays; trains `rank * (in + out) + 1` values a layer while it searches."""
 
     default_lr = 5e-4
+    everywhere = ("search", "warmup", "theta_lr", "keep", "share")
 
     rank: int = fields.positive(8, "inner dimension r")
     alpha: float = fields.number(16.0, "numerator of the scale alpha / rank", above=0)
@@ -75,14 +76,19 @@ class Selection(Rule):
 
     def attached(self, run: Run) -> None:
         refuse_sharing("diffora")
-        if self.end(run) >= run.total_steps > 0:
-            raise ValueError(
-                f"diffora: search takes {self.end(run)} of the run's {run.total_steps} steps; leave some to train"
-            )
+        end, warmup, steps = self.end(run), run.steps(self.method.warmup), run.total_steps
+        if end >= steps > 0:
+            raise ValueError(f"diffora: search takes {end} of the run's {steps} steps; leave some to train")
+        if warmup > end - 2 and steps:
+            raise ValueError(f"diffora: warmup takes {warmup} of the search's {end} steps; leave two or more")
+        blocks = [part.site.block for _, part in run.tuned.of_kind(Gated)]
+        most = max(map(blocks.count, blocks), default=0)
+        if most and self.method.keep * most < 0.5 and not self.method.share:
+            raise ValueError(f"diffora: keep={self.method.keep} of {most} weights is none; raise it, or let them share")
 
     def end(self, run: Run) -> int:
-        """The last step of the search."""
-        return max(1, run.steps(self.method.search))
+        """The last step of the search, in which A and B make a step and the thetas one at least."""
+        return max(2, run.steps(self.method.search))
 
     def of_thetas(self, step: int, run: Run) -> bool:
         """Whether a step, from 0, is one of the thetas; A and B begin."""
@@ -134,18 +140,19 @@ class Selection(Rule):
     def _discretise(self, run: Run, chosen: list[str]) -> None:
         """Exchange the gated parts for plain and shared ones, all at their start."""
         generator, parts = torch.Generator().manual_seed(run.seed), dict(run.tuned.of_kind(Gated))
-        settings: dict[str, Any] = {"scale": self.method.alpha / self.method.rank, "dropout": self.method.dropout}
         rest = [part for name, part in parts.items() if name not in chosen]
         bank = bank_for(rest, generator) if rest and self.method.share else None
 
         def plain(gated: Gated) -> LowRank:
-            return LowRank(drawn(gated.a.shape, generator).to(gated.a), torch.zeros_like(gated.b), **settings)
+            a = kaiming(*gated.a.shape, generator=generator).to(gated.a)
+            return LowRank(a, torch.zeros_like(gated.b), gated.scale, gated.dropout)
 
         for name, part in parts.items():
             if name in chosen:
                 run.tuned.exchange(name, mapped(part, plain))
             elif bank is not None:
-                lent = partial(LentLowRank, bank, f"a_{kind(part)}", f"b_{kind(part)}", **settings)
+                own = {key: setting(part, key) for key in Gated.settings}
+                lent = partial(LentLowRank, bank, f"a_{kind(part)}", f"b_{kind(part)}", **own)
                 run.tuned.exchange(name, mapped(part, lambda _, lent=lent: lent()), {"bank": bank})
             else:
                 run.tuned.remove(name)
@@ -161,18 +168,12 @@ def bank_for(parts: list[Any], generator: torch.Generator) -> FactorBank:
     """One pair for every kind among some parts, A at random, B zero."""
     shapes = {f"{key}_{kind(part)}": part.get_parameter(key).shape[-2:] for key in "ab" for part in parts}
     bank = FactorBank(shapes).to(parts[0].a)
-    for name, factor in bank.named_parameters():
-        if name.startswith("a_"):
-            factor.copy_(drawn(factor.shape, generator))
+    for name in (name for name in shapes if name.startswith("a_")):
+        bank.get_parameter(name).copy_(kaiming(*shapes[name], generator=generator))
     return bank
 
 
-def drawn(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """A's start, as `kaiming`'s."""
-    return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[-1])
-
-
 def kind(part: Any) -> str:
-    """What weights that may share a pair have in common: role, or else the layer's name, and size."""
+    """What weights that may share a pair have in common: role, or else the layer's name, and sizes."""
     role = part.site.role or part.site.path.rpartition(".")[2]
-    return f"{role}_{part.b.shape[-2]}x{part.a.shape[-1]}".replace(".", "_")
+    return f"{role}_{part.b.shape[-2]}x{part.a.shape[-2]}x{part.a.shape[-1]}".replace(".", "_")

@@ -28,11 +28,12 @@ class DynamicDoRA(WeightMethod):
     """Components under a falling budget; trains `init_rank * (in + out + 1)` values a layer at first."""
 
     ordered = (("target_rank", "init_rank", "ranks only fall"),)
+    everywhere = ("target_rank", "first", "last", "interval", "smoothing", "beta")
 
     init_rank: int = fields.positive(12, "r0, rank of every layer at the start; the paper takes 1.5 times the target")
     target_rank: int = fields.positive(8, "average rank of the layers at the end")
     alpha: float = fields.number(8.0, "numerator of the scale alpha / r0", above=0)
-    dropout: float = fields.fraction(0.0, "probability of dropping an input feature of the branch")
+    dropout: float = fields.fraction(0.0, "probability of dropping an input feature of the branch; 0.1 in the paper")
     first: float = fields.fraction(0.15, "share of the run before the window")
     last: float = fields.fraction(0.5, "share of the run after it")
     interval: int = fields.positive(100, "steps between two prunings in the window")

@@ -38,6 +38,7 @@ class IncreLoRA(WeightMethod):
     """Triplets that grow; trains `init_rank * (in + out + 1) + grow * (in + out)` values a layer at the start."""
 
     ordered = (("init_rank", "target_rank", "ranks only grow"),)
+    everywhere = ("target_rank", "top", "warmup", "interval", "rise", "beta1", "beta2", "gamma")
 
     init_rank: int = fields.positive(1, "active terms of every layer at the start")
     target_rank: int = fields.positive(2, "average number of terms of the layers at the end")
@@ -111,6 +112,12 @@ class Growth(GrowingRanks):
 
     def attached(self, run: Run) -> None:
         super().attached(run)
+        first = (run.steps(self.method.warmup) // self.interval(run) + 1) * self.interval(run)
+        if self.missing(run) > 0 and first >= run.total_steps > 0:
+            raise ValueError(
+                f"increlora: layers first grow after step {first + 1}, the run has {run.total_steps}; "
+                "shorten warmup or interval"
+            )
         self.newcomers.know(self.parts(run))
 
     def step_begin(self, run: Run) -> None:

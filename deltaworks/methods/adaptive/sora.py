@@ -28,6 +28,8 @@ from ...model.weights import Weight
 class SoRA(WeightMethod):
     """LoRA with gates driven to zero; trains `rank * (in + out + 1)` values a layer at the start."""
 
+    everywhere = ("xi", "xi_end", "by_rate", "l1")
+
     rank: int = fields.positive(8, "r, rank of every layer at the start")
     alpha: float = fields.number(16.0, "numerator of the scale alpha / r", above=0)
     dropout: float = fields.fraction(0.0, "probability of dropping an input feature of the branch")

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from ...core import fields
+from ...core.experts import setting
 from ...core.growth import GrowingRanks
 from ...core.init import normal, zeros
 from ...core.method import WeightMethod
@@ -34,6 +35,7 @@ class TriAdaptLoRA(WeightMethod):
     """Low rank that grows; trains `r (in + out)` values a layer and two triangles, r the rank at the time."""
 
     ordered = (("init_rank", "reference", "ranks only grow"),)
+    everywhere = ("growth", "warmup", "interval", "gamma")
 
     init_rank: int = fields.positive(1, "rank of every layer at the start, the width of its first block")
     reference: int = fields.positive(8, "average rank of the layers at which growth stops")
@@ -89,6 +91,12 @@ class Strips(GrowingRanks):
 
     def attached(self, run: Run) -> None:
         super().attached(run)
+        first = (run.steps(self.method.warmup) // self.interval(run) + 1) * self.interval(run)
+        if self.missing(run) > 0 and first > run.total_steps > 0:
+            raise ValueError(
+                f"triadaptlora: the first check is at step {first}, the run has {run.total_steps}; "
+                "shorten warmup or interval"
+            )
         self.previous = {name: self._norm(part) for name, part in self.parts(run).items()}
 
     def step_end(self, run: Run) -> None:
@@ -98,7 +106,7 @@ class Strips(GrowingRanks):
         """The norm of a core over the number of its blocks; over a stack, of all its cores."""
         cores = [one.core() for one in part.each()] if hasattr(part, "each") else [part.core()]
         norm = math.sqrt(sum(float(core.detach().square().sum()) for core in cores))
-        return norm / len(widths(self.rank(part), self.method.init_rank, self.method.block))
+        return norm / len(widths(self.rank(part), setting(part, "first"), setting(part, "block")))
 
     def number(self, missing: int, step: int, run: Run) -> int:
         """How many layers grow at a check, given how many ranks are missing."""
@@ -116,9 +124,9 @@ class Strips(GrowingRanks):
 
     def _add_block(self, name: str, part: Any, run: Run) -> None:
         """Rows of A and of L at random, columns of B and of U zero."""
-        width, old, lead = self.method.block, self.rank(part), part.a.shape[:-2]
+        width, old, lead = setting(part, "block"), self.rank(part), part.a.shape[:-2]
         drawn = partial(normal, *lead, std=STD, generator=run.generator(name))
-        if self.method.divisor == "rank":
+        if setting(part, "reference") is None:
             part.b.mul_((old + width + 1e-5) / (old + 1e-5))
         grow(part.a, drawn(width, part.a.shape[-1]), -2, run.optimizer)
         grow(part.b, zeros(*lead, part.b.shape[-2], width), -1, run.optimizer)

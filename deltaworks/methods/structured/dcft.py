@@ -24,6 +24,7 @@ class DCFT(WeightMethod):
     """A deconvolved rank-one map; trains `in / d + out / d + d^2` values a layer."""
 
     exact_at_start = False
+    everywhere = ("gamma",)
 
     kernel: int = fields.positive(8, "d, side and stride of the kernel, reduced to what divides both widths")
     alpha: float = fields.number(16.0, "the scale", above=0)

@@ -1,7 +1,8 @@
 """DiffuseKronA: Kronecker adapters for personalised diffusion models (Marjit et al. 2024, arXiv:2402.17412).
 
 dW = s kron(A, B),  A: a1 x a2 ~ N(0, 1 / a1^2), B: b1 x b2 = 0,  a1 b1 = out, a2 b2 = in,  on the projections of every
-attention. Their forward pass joins the output's axes in another order, a permuted product; this is the paper's.
+attention (cross-attention is named by itself: on=["attention", "cross_attention"]). Their forward pass joins the
+output's axes in another order, a permuted product; this is the paper's.
 Use it to personalise a diffusion model with a few values: rank is no limit, and many learning rates work.
 """
 

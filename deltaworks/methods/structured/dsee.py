@@ -2,12 +2,12 @@
 
 W' = m W + s (B A + S),  s = alpha / rank,  A ~ N(0, 0.02^2), B = 0, S zero but for N entries. Those are the largest of
 what a rank-one decomposition leaves of the pretrained W (two rounds of GreBsmo). A, B and S train while m = 1; after
-the share `first` of the run the base is pruned and they train on. Entries: the share `ratio` of least magnitude goes,
-over queries and values together (by |W|, or |W + s B A|, or with S as well), and over all other linear layers together.
-Heads: in every layer as many as `ratio` says, those with the least sum of magnitudes over their rows of query and
-value, changes included, as in the code. Coefficients, as in the paper: every head and every neuron is multiplied by a
-trained one under an L1 penalty; those of least magnitude go in every layer, and what is left stays as it then is.
-`core.shrinking` makes the layers smaller by what went. The base itself stays as it is.
+the share `first` of the run the base is pruned and they train on. Entries: the share `ratio` of least magnitude goes
+(0.2 in the authors' scripts), over queries and values together (by |W|, |W + s B A|, or with S as well: `score`), and
+over all other linear layers together. Heads: in every layer as many as `ratio` says (3 of 12 in the code), those with
+the least sum of these magnitudes over their rows of query and value. Coefficients, as in the paper: heads and neurons
+are multiplied by trained ones under an L1 penalty; those of least magnitude go in every layer, and the others then
+stay as they are. `core.shrinking` makes the layers smaller by what went. The base itself stays as it is.
 As in the code one scale is for both terms (which there misses S in places). Merging fills pruned entries with the
 change; `inside=True` keeps them zero by masking the change as well.
 Use it to get a smaller or sparser model and its adaptation in one run.
@@ -52,10 +52,7 @@ class DSEE(Method):
     entries: int = fields.positive(64, "N, entries of S that train")
     dropout: float = fields.fraction(0.0, "probability of dropping an input feature of the low-rank branch")
     prune: str = fields.choice("entries", ("entries", "heads", "coefficients", "nothing"), "what goes")
-    ratio: float = fields.number(
-        0.2, "share of the entries, or of the heads, that goes; 0.2 as in the authors' scripts, the paper up to 0.5",
-        low=0, high=1,
-    )  # fmt: skip
+    ratio: float = fields.number(0.2, "share of entries or heads that goes; in the paper up to 0.5", low=0, high=1)
     neurons: float = fields.number(0.4, "share of the neurons that goes; coefficients only", low=0, high=1)
     l1: float = fields.number(1e-4, "weight of the coefficients' sum of magnitudes; coefficients only", low=0)
     first: float = fields.number(0.5, "time before pruning: below 1 a share of the run, else steps", low=0)
@@ -66,6 +63,9 @@ class DSEE(Method):
         trained = base.select(self.on, what="weight")
         for site in pieces(base, trained):
             weight = weight_at(base.model, site)
+            if site in trained and weight.experts:
+                place = f"{site.path}.{site.parameter}"
+                raise ValueError(f"dsee: {place} holds {weight.experts} experts in one tensor; leave it out of on")
             if site in trained:
                 yield Placed(site, self.delta(weight), label(site))
             elif self.prune == "nothing" or site.kind != "linear":
@@ -101,6 +101,11 @@ class Pruning(Rule):
         """The step after which the base is pruned."""
         return max(1, run.steps(self.method.first))
 
+    def attached(self, run: Run) -> None:
+        first, steps = self.time(run), run.total_steps
+        if first >= steps > 0:
+            raise ValueError(f"dsee: first takes {first} of the run's {steps} steps; leave some to train what is left")
+
     @torch.no_grad()
     def step_end(self, run: Run) -> None:
         if run.step != self.time(run):
@@ -117,11 +122,11 @@ class Pruning(Rule):
             parts[name].prune(mask)
         run.record("pruned", {name: 1 - float(mask.float().mean()) for name, mask in masks.items()})
 
-    def _magnitude(self, tuned: Tuned, part: Any, score: str) -> Tensor:
+    def _magnitude(self, tuned: Tuned, part: Any) -> Tensor:
         """Magnitudes of a weight's entries, of the change as well where there is one and it counts."""
         w = weight_at(tuned.model, part.site).matrix().float()
-        if isinstance(part, PrunedLowRankSparse) and score != "W":
-            w = w + (part.dense() if score == "WABS" else part.scale * part.b @ part.a).to(w)
+        if isinstance(part, PrunedLowRankSparse) and self.method.score != "W":
+            w = w + (part.dense() if self.method.score == "WABS" else part.scale * part.b @ part.a).to(w)
         return w.abs()
 
     def _entries(self, tuned: Tuned, parts: dict[str, Any]) -> dict[str, Tensor]:
@@ -129,7 +134,7 @@ class Pruning(Rule):
         masks = {}
         for kind in (PrunedLowRankSparse, Pruned):
             pool = {name: part for name, part in parts.items() if isinstance(part, kind)}
-            scores = {name: self._magnitude(tuned, part, self.method.score) for name, part in pool.items()}
+            scores = {name: self._magnitude(tuned, part) for name, part in pool.items()}
             size = sum(score.numel() for score in scores.values())
             masks |= {name: ~out for name, out in lowest(scores, round(self.method.ratio * size)).items()}
         return masks
@@ -142,7 +147,7 @@ class Pruning(Rule):
                 scores = torch.zeros(found.units)
                 for site in (found.sites["query"], found.sites["value"]):
                     if site in parts:
-                        rows = self._magnitude(tuned, parts[site], "WABS").sum(-1).cpu()
+                        rows = self._magnitude(tuned, parts[site]).sum(-1).cpu()
                         scores += rows.view(found.units, -1).sum(-1)
                 yield from head_masks(found, weakest(scores, self.method.ratio))
 

@@ -33,6 +33,11 @@ class FourierFT(WeightMethod):
     center: float | None = fields.number(None, "preferred frequency fc; none for no preference", low=0)
     width: float = fields.number(200.0, "width w of the preference", above=0)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.center is None and self.width != type(self).width:
+            raise ValueError(f"fourierft: width={self.width:g} is of a preferred frequency; give center as well")
+
     def delta(self, weight: Weight) -> Spectral:
         n = self.count(weight)
         c = normal(n) if self.init == "normal" else zeros(n)
@@ -40,7 +45,7 @@ class FourierFT(WeightMethod):
         return Spectral(c, entries.clone(), weight.fan_out, weight.fan_in, scale=self.alpha)
 
     def group(self, name: str) -> dict[str, float]:
-        return {"weight_decay": 0.0}
+        return {"weight_decay": 0.0} if name == "c" else {}
 
     def count(self, weight: Weight) -> int:
         return min(self.n, weight.fan_out * weight.fan_in)

@@ -1,7 +1,8 @@
 """HRA: Householder reflection adaptation (Yuan et al. 2024, arXiv:2405.17484).
 
 W' = W H_1 H_2 ... H_r,  H_i = I - 2 u_i u_i^T,  u_i unit vectors. They start in equal pairs, whose reflections cancel,
-so r is even. `penalty` adds lambda sum ||I - U^T U||_F^2, which drives the pairs apart; the paper takes 1e-5 to 1e-3
+so r is even; trained are columns that are normalised when used, as long at first as those of `peft` (Kaiming uniform,
+fan-in r / 2). `penalty` adds lambda sum ||I - U^T U||_F^2, which drives the pairs apart; the paper takes 1e-5 to 1e-3
 (`peft` has none). `strict` is its limit: columns made orthogonal, W' = W (I - 2 U U^T), which cannot start at W.
 Use it to stay close to pre-training: every angle and length among the weight's rows is kept.
 """
@@ -35,6 +36,7 @@ class HRA(WeightMethod):
     """A chain of reflections; trains `rank * in` values a layer."""
 
     default_lr = 1e-3
+    everywhere = ("penalty",)
 
     rank: int = fields.positive(8, "number of reflections r, even unless strict")
     strict: bool = fields.flag(False, "orthogonal reflections; the output then changes at the start")
@@ -48,8 +50,8 @@ class HRA(WeightMethod):
 
     def delta(self, weight: Weight) -> Householder:
         if self.strict:
-            return Householder(kaiming(min(self.rank, weight.fan_in), weight.fan_in).T.contiguous(), orthogonal=True)
-        return Householder(kaiming(self.rank // 2, weight.fan_in).T.repeat_interleave(2, dim=1).contiguous())
+            return Householder(kaiming(weight.fan_in, min(self.rank, weight.fan_in)), orthogonal=True)
+        return Householder(kaiming(weight.fan_in, self.rank // 2).repeat_interleave(2, dim=1))
 
     def rules(self) -> list[Rule]:
         return [Apart(self.penalty)] if self.penalty and not self.strict else []

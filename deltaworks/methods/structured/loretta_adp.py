@@ -4,7 +4,8 @@ h + s (f(h D + b_D) U + b_U) after the output of each sub-layer (or, `place="mlp
 its input and after its output, as the authors do for LLaMA), D and U tensor trains; norms train as well. Cores are
 normal, so that entries of D and U have variance 1 / (d + bottleneck), but U's last core and bias are zero, which is
 ours: `start="random"` is the authors' start, a perturbation of about a fifth of h. Their code unfreezes norms by a
-stale name, so which train there is chance; here it is all of them.
+stale name, so which train there is chance; here it is all of them. In RoBERTa's and DeBERTa's classification heads a
+tensor train takes the place of the dense layer as well; that is left out, as a new head trains whole (`also=`).
 Use it for adapters that must be tiny on disk; it cannot be merged.
 """
 

@@ -3,7 +3,7 @@
 LoRA whose factors A (in x r) and B (r x out) are tensor trains of rank t: dW = s (A B - A0 B0)^T,  s = alpha / r, every
 core normal so that entries of A have variance 1 / (in + r), those of B 1 / (r + out). All cores are random, so that
 each has a gradient from the first step; the start A0 B0 is subtracted, which is ours: with `start="random"`, as in the
-authors' code, the output changes. They train the norms as well: `attach(model, LoRETTARep(), also="norm.final")`.
+authors' code, the output changes. They train the norms as well: `attach(model, LoRETTARep(), also="norm")`.
 Use it for LoRA's form with a tenth of its parameters.
 """
 
@@ -23,6 +23,10 @@ class LoRETTARep(WeightMethod):
     alpha: float = fields.number(16.0, "numerator of the scale alpha / r", above=0)
     dropout: float = fields.fraction(0.0, "probability of dropping an input feature of the branch")
     start: str = fields.choice("subtracted", ["subtracted", "random"], "leave the output as it is at the start, or not")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "exact_at_start", self.start == "subtracted")
 
     def delta(self, weight: Weight) -> TrainLowRank:
         sizes = (weight.fan_in, weight.fan_out, self.rank, self.train_rank)

@@ -1,50 +1,107 @@
 """Monarch: expressive structured matrices for efficient and accurate training (Dao et al. 2022, arXiv:2204.00595).
 
 M = P2 blockdiag(w2) P1 blockdiag(w1): K blocks on the input, L on the output, joined at rank R; M can have full rank.
-`mode="delta"`: W' = W + M with w2 = 0 (our use of it). `mode="project"`: W' = M, started at the nearest Monarch matrix
-to W, then trained, the paper's dense-to-sparse fine-tuning; the official projection knows square layers and R = 1 only,
-here every strided block is cut to rank R, for any shape. R = min(in, out) / blocks^2 is the official layer's width.
+`mode="delta"`: W' = W + M with w2 = 0 and R = 1 (our use of it). `mode="project"`: W' = M, started at the nearest
+Monarch matrix to W, then trained, the paper's dense-to-sparse fine-tuning; R is that of the official layer, min(in,
+out) / (K L), half of the weight's values for K = L = 4 and 1 for `blocks=[32, 24]` at a width of 768. The official
+projection knows square layers and R = 1 only; here every strided block is cut to rank R, for any shape.
+`densify=0.9` is the paper's sparse-to-dense: for the rest of the steps M is multiplied out and all its entries train.
 Use delta for high rank at low cost, project to make a model smaller while tuning it.
 """
 
+from typing import Any
+
+import torch
+
 from ...core import fields
+from ...core.experts import mapped
 from ...core.init import kaiming, zeros
 from ...core.method import WeightMethod
+from ...core.moments import refuse_sharing, regroup
 from ...core.operators.monarch import Monarch as Operator
 from ...core.operators.monarch import projected
 from ...core.registry import method
+from ...core.rule import Rule, Run
 from ...model.weights import Weight
+
+BLOCKS = "a whole number of at least 1, or a list of two of them, K and L"
+
+
+def _blocks(value: Any) -> bool:
+    pair = value if isinstance(value, (list, tuple)) else [value, value]
+    return len(pair) == 2 and all(type(number) is int and number >= 1 for number in pair)
 
 
 @method("monarch", paper="2204.00595", family="structured")
 class Monarch(WeightMethod):
     """Two block-diagonal factors; trains `R (L in + K out)` values a layer, in and out rounded up to blocks."""
 
+    everywhere = ("densify",)
+
     mode: str = fields.choice("delta", ["delta", "project"], "M beside the weight, or in its place")
-    blocks: int = fields.positive(4, "K = L, blocks of either factor; at most the smaller width")
-    rank: int | None = fields.positive(1, "R, of every strided block; none for the official width", optional=True)
+    blocks: Any = fields.declared(4, "blocks of w1 and w2, K = L or [K, L]; at most the smaller width", BLOCKS, _blocks)
+    rank: int | None = fields.positive(
+        None, "R, of every strided block; none: 1 for delta, the official width for project", optional=True
+    )
     dropout: float = fields.fraction(0.0, "probability of dropping an input feature of the branch; delta only")
+    densify: float | None = fields.number(
+        None, "share of the steps after which M goes on as a dense matrix; project only", above=0, high=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.mode == "project" and self.dropout:
             raise ValueError(f"monarch: dropout={self.dropout} is for mode='delta'; a projected weight has no branch")
+        if self.mode == "delta" and self.densify is not None:
+            raise ValueError(f"monarch: densify={self.densify} is for mode='project'; beside M the weight is dense")
 
     def delta(self, weight: Weight) -> Operator:
-        blocks, rank, s, p = self._sizes(weight)
+        k, l, rank, s, p = self._sizes(weight)
         if self.mode == "project":
-            w1, w2 = projected(weight.dense(), blocks, blocks, rank)
+            w1, w2 = projected(weight.dense(), k, l, rank)
         else:
-            w1, w2 = kaiming(blocks, rank * blocks, p), zeros(blocks, s, blocks * rank)
+            w1, w2 = kaiming(k, rank * l, p), zeros(l, s, k * rank)
         return Operator(w1, w2, weight.fan_out, weight.fan_in, self.mode == "project", self.dropout)
 
-    def _sizes(self, weight: Weight) -> tuple[int, int, int, int]:
-        """Blocks, R, S, P."""
-        blocks = min(self.blocks, weight.fan_in, weight.fan_out)
-        s, p = -(-weight.fan_out // blocks), -(-weight.fan_in // blocks)
-        rank = self.rank or -(-min(weight.fan_in, weight.fan_out) // blocks**2)
-        return blocks, min(rank, s, p), s, p
+    def rules(self) -> list[Rule]:
+        return [] if self.densify is None else [Densification(self.densify)]
+
+    def _sizes(self, weight: Weight) -> tuple[int, int, int, int, int]:
+        """K, L, R, S, P."""
+        pair, narrow = self.blocks, min(weight.fan_in, weight.fan_out)
+        k, l = (min(number, narrow) for number in (pair if isinstance(pair, (list, tuple)) else (pair, pair)))
+        s, p = -(-weight.fan_out // l), -(-weight.fan_in // k)
+        rank = self.rank or (1 if self.mode == "delta" else -(-narrow // (k * l)))
+        return k, l, min(rank, s, p), s, p
 
     def count(self, weight: Weight) -> int:
-        blocks, rank, s, p = self._sizes(weight)
-        return rank * blocks * blocks * (s + p)
+        k, l, rank, s, p = self._sizes(weight)
+        return rank * k * l * (s + p)
+
+
+class Densification(Rule):
+    """Exchanges the factors for their product after a share of the steps.
+
+    Attributes:
+        done: whether they are exchanged.
+    """
+
+    memory = ("done",)
+
+    def __init__(self, share: float) -> None:
+        self.share, self.done = share, False
+
+    def attached(self, run: Run) -> None:
+        refuse_sharing("monarch with densify")
+
+    def step_end(self, run: Run) -> None:
+        if not self.done and run.step >= int(self.share * run.total_steps):
+            self.done = True
+            self.resumed(run)
+
+    @torch.no_grad()
+    def resumed(self, run: Run) -> None:
+        if self.done:
+            for name, part in list(run.tuned.of_kind(Operator)):
+                run.tuned.exchange(name, mapped(part, Operator.multiplied_out))
+            regroup(run.tuned, run.optimizer)

@@ -32,6 +32,7 @@ class OFT(WeightMethod):
     """Block rotations of the input; trains `in (b - 1) / 2` values a layer, `b (b - 1) / 2` when shared."""
 
     default_lr = 4e-4
+    everywhere = ("eps",)
 
     block: int = fields.positive(32, "side b of a block; the divisor of in nearest to it is taken")
     terms: int | None = fields.whole(5, "terms of the series; none for the exact transform", low=4, optional=True)

@@ -32,10 +32,11 @@ class RoSA(WeightMethod):
 
     needs_data = True
     default_lr = 7e-4
+    everywhere = ("warmup", "warmup_lr", "batches", "average")
 
     rank: int = fields.positive(16, "inner dimension r")
     alpha: float = fields.number(16.0, "numerator of the scale alpha / r", above=0)
-    dropout: float = fields.fraction(0.0, "probability of dropping an input feature of the low-rank branch")
+    dropout: float = fields.fraction(0.0, "probability of dropping an input feature of the branch; 0.05 in the paper")
     density: float = fields.number(0.006, "share of S's entries that train, at least one", above=0, high=1)
     warmup: int = fields.whole(64, "steps that LoRA trains alone before gradients are collected")
     warmup_lr: float = fields.number(7e-4, "learning rate of these steps", above=0)
@@ -103,7 +104,11 @@ def _gradients(base: Anatomy, sites: list[Site], batch: Any, packed: bool) -> di
         products = product_gradients(base.model, list(dict.fromkeys(site.path for site in sites)), [batch])
         whole = {site: products[site.path] for site in sites}
     else:
-        names = {site: f"{site.path}.{site.parameter}" for site in sites}
-        plain = mean_gradients(base.model, list(dict.fromkeys(names.values())), [batch])
-        whole = {site: weight_at(base.model, site).canonical(plain[names[site]]) for site in sites}
+        parameters = {site: base.model.get_parameter(f"{site.path}.{site.parameter}") for site in sites}
+        names = {id(parameter): f"{site.path}.{site.parameter}" for site, parameter in parameters.items()}
+        found, whole = mean_gradients(base.model, list(names.values()), [batch]), {}
+        for site, parameter in parameters.items():
+            gradient = found.get(names[id(parameter)])  # none of, say, an expert that no token went to
+            gradient = torch.zeros(parameter.shape) if gradient is None else gradient
+            whole[site] = weight_at(base.model, site).canonical(gradient)
     return {s: own if s.rows is None else own[..., list(s.rows), :] for s, own in whole.items()}

@@ -5,6 +5,8 @@ official code starts delta at 1e-3). Q is moved by Adam on the Stiefel manifold 
 after every step, so it stays orthogonal; everything else is left to the run's optimizer. The official delta is as long
 as the output, which fails for wide ones; here min(in, out). `form="qr"` is the paper's other form, of which there is no
 code: W = L Qb, L lower triangular;  W' = (L + B A) Qb (Q1 kron Q2 kron Q3)^T,  A Kaiming uniform, B = 0.
+The official layer's factor and dropout, 1 and 0 in its scripts, act on the whole output, the base's share and bias
+included; they are left out. Cross-attention is named by itself: on=["attention", "cross_attention"].
 Use it to personalise a diffusion model: spectrum and directions move, and the weight keeps its geometry.
 """
 
@@ -35,6 +37,7 @@ class SODA(WeightMethod):
     """
 
     refuses = ("mamba",)
+    everywhere = ("beta1", "beta2")
 
     form: str = fields.choice("svd", ("svd", "qr"), "what is moved beside the directions: the spectrum, or L")
     rank: int = fields.positive(8, "inner dimension of L's change; qr only")
@@ -42,6 +45,11 @@ class SODA(WeightMethod):
     beta2: float = fields.fraction(0.999, "smoothing of its square")
     rotation_lr_scale: float = fields.number(1.0, "learning rate of the rotations relative to the run's", above=0)
     on: Any = fields.sites("attention")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.form == "svd" and self.rank != type(self).rank:
+            raise ValueError(f"soda: rank={self.rank} is for form='qr'; svd shifts the spectrum, which has no rank")
 
     def delta(self, weight: Weight) -> TurnedSpectrum | TurnedFactor:
         fan_out, fan_in, n = weight.fan_out, weight.fan_in, min(weight.fan_in, weight.fan_out)

@@ -7,6 +7,7 @@ of the elementwise product by default; here it is the paper's product of matrice
 Use it where bottleneck adapters are wanted at a twelfth of their size; it cannot be merged.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,15 +32,19 @@ class SURMAdapter(Method):
     activation: str = fields.choice("gelu", tuple(ACTIVATIONS), "non-linearity f; identity for the authors' linear")
     pairs: int = fields.positive(1, "p, displacement rank; ldr only")
     rank: int = fields.positive(8, "r, side of the Kronecker factors, reduced to a divisor of d; kronecker only")
-    scale: float = fields.number(1.0, "factor of M", above=0)
+    scale: float = fields.number(1.0, "factor of M; not for kronecker", above=0)
     alpha: float = fields.number(16.0, "numerator of alpha / r; kronecker only", above=0)
     dropout: float = fields.fraction(0.0, "probability of dropping a feature of h on the added path")
     on: Any = fields.sites("block", "which blocks: block for all, or any place in the ones meant")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pairs != 1 and self.structure != "ldr":
-            raise ValueError(f"surm_adp: pairs={self.pairs} is for structure='ldr'; {self.structure} has one pair")
+        for name, kind in (("pairs", "ldr"), ("rank", "kronecker"), ("alpha", "kronecker")):
+            if self.structure != kind and getattr(self, name) != getattr(type(self), name):
+                given = f"{name}={getattr(self, name):g}"
+                raise ValueError(f"surm_adp: {given} is for structure={kind!r}, not {self.structure}")
+        if self.structure == "kronecker" and self.scale != 1:
+            raise ValueError(f"surm_adp: scale={self.scale:g} is not for a Kronecker product, whose scale is alpha / r")
 
     def parts(self, base: Anatomy, shared: dict[str, Shared], measured: Any) -> Iterator[Placed]:
         found = False
@@ -56,6 +61,8 @@ class SURMAdapter(Method):
             raise ValueError(f"surm_adp: the blocks of {type(base.model).__name__} have no sub-layer to sit at")
 
     def _part(self, width: int) -> StructuredAdapter:
-        kronecker = self.structure == "kronecker"
-        size, scale = (self.rank, self.alpha / self.rank) if kronecker else (self.pairs, self.scale)
+        size, scale = self.pairs, self.scale
+        if self.structure == "kronecker":
+            size = math.gcd(width, self.rank)
+            scale = self.alpha / size
         return StructuredAdapter(width, self.structure, self.activation, size, scale, self.dropout)

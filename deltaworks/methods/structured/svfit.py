@@ -40,8 +40,9 @@ class SVFit(WeightMethod):
 
     def count(self, weight: Weight) -> int:
         full = min(weight.fan_in, weight.fan_out)
-        dense = weight.dense()
-        if self.energy is None or dense.is_meta:
+        if self.energy is None:
             return full if self.rank is None else min(self.rank, full)
-        share = torch.linalg.svdvals(dense).double().square().cumsum(0)
+        if weight.device.type == "meta":
+            raise ValueError("svfit: energy needs singular values, and there are no weights to find them in; give rank")
+        share = torch.linalg.svdvals(weight.dense()).double().square().cumsum(0)
         return min(full, int((share < self.energy * share[-1]).sum()) + 1)

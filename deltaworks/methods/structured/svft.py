@@ -29,7 +29,14 @@ class SVFT(WeightMethod):
     pattern: str = fields.choice("plain", ["plain", "banded", "random", "top"], "which entries of M train")
     band: int = fields.positive(2, "d: entries with |i - j| <= d, or as many elsewhere; not for plain")
     start: str = fields.choice("zeros", ["zeros", "normal"], "zeros (no gate), or normal under a trained gate")
-    seed: int = fields.whole(0, "of the entries of the random pattern")
+    seed: int = fields.whole(0, "of the entries; random only")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pattern == "plain" and self.band != type(self).band:
+            raise ValueError(f"svft: band={self.band} is for banded, random and top; pattern='plain' is the diagonal")
+        if self.pattern != "random" and self.seed != type(self).seed:
+            raise ValueError(f"svft: seed={self.seed} is for pattern='random'; {self.pattern} draws no entries")
 
     def delta(self, weight: Weight) -> Singular:
         n, size = min(weight.fan_in, weight.fan_out), (weight.fan_out, weight.fan_in)
@@ -49,19 +56,21 @@ class SVFT(WeightMethod):
 
     def _places(self, weight: Weight, n: int) -> Tensor:
         """Flat places in M, ascending."""
+        if self.pattern == "top" and weight.fan_in != weight.fan_out:
+            raise ValueError(
+                f"svft: pattern='top' compares inputs with outputs, and {weight.path or 'a weight'} is "
+                f"{weight.fan_out} x {weight.fan_in}; take banded or random"
+            )
+        if weight.device.type == "meta":  # only how many there are can matter to a base without weights
+            return torch.arange(self._entries(n))
         if self.pattern == "random":
             generator = torch.Generator("cpu").manual_seed(self.seed)
             return torch.randperm(n * n, generator=generator, device="cpu")[: self._entries(n)].sort().values
         if self.pattern == "top":
-            if weight.fan_in != weight.fan_out:
-                raise ValueError(
-                    f"svft: pattern='top' compares inputs with outputs, and {weight.path or 'a weight'} is "
-                    f"{weight.fan_out} x {weight.fan_in}; take banded or random"
-                )
             u, _, vh = decomposed(weight.dense())
             return (u.T @ vh.T).flatten().topk(self._entries(n)).indices.sort().values.cpu()
-        i, j = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
-        near = (i - j).abs() <= (0 if self.pattern == "plain" else self.band)
+        points = torch.arange(n, device="cpu")
+        near = (points.unsqueeze(1) - points).abs() <= (0 if self.pattern == "plain" else self.band)
         return near.flatten().nonzero().squeeze(1)
 
     def count(self, weight: Weight) -> int:
