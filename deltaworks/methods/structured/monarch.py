@@ -86,6 +86,7 @@ class Densification(Rule):
         done: whether they are exchanged.
     """
 
+    sees_gradients = False
     memory = ("done",)
 
     def __init__(self, share: float) -> None:

@@ -91,6 +91,8 @@ class SURM(WeightMethod):
 class Collapse(Rule):
     """When training is over, keeps of every circulant its one vector."""
 
+    sees_gradients = False
+
     def finished(self, run: Run) -> None:
         for name, part in list(run.tuned.of_kind(StructuredTiles, ScaledTiles)):
             if setting(part, "structure") == "circulant":
