@@ -165,7 +165,10 @@ class Graft(nn.Module):
         routing: tuple[str | None, ...],
     ) -> Any:
         names = [name for name in dict.fromkeys(routing) if name is not None]
-        chosen = {name: self.acting([name]) for name in names}
+        chosen = {
+            name: [part for part in self.acting([name]) if not (isinstance(part, Wrapper) and part.routable)]
+            for name in names
+        }
         if not any(chosen.values()):
             return call(*args, **kwargs)
         if any(isinstance(part, (Wrapper, Attending)) for parts in chosen.values() for part in parts):

@@ -39,11 +39,12 @@ class Method:
         needs_data: `measure` must run before `parts`.
         exact_at_start: the output right after attaching is the base's.
         exact_gradient: the gradient is the derivative of the loss (not so where the paper detaches something).
-        default_lr: a learning rate to begin with, the sheet's or the field's usual one.
+        default_lr: a learning rate to begin with, the paper's or the field's usual one.
         refuses: kinds of bases it cannot work on, as the tests name them; everything else it must.
         overridable: `overrides` mean something to it.
         everywhere: hyper-parameters that its rules and shared tensors read, so that no override may change them.
         ordered: pairs of hyper-parameters of which the first may not be above the second, each with the reason.
+        only: hyper-parameters that mean something only where another one has one of some values.
 
     Attributes:
         overrides: other hyper-parameters at some places: regular expression over module names -> settings. What PEFT
@@ -62,6 +63,7 @@ class Method:
     overridable: ClassVar[bool] = False
     everywhere: ClassVar[tuple[str, ...]] = ()
     ordered: ClassVar[tuple[tuple[str, str, str], ...]] = ()
+    only: ClassVar[tuple[tuple[str, str, tuple[Any, ...]], ...]] = ()
 
     overrides: dict[str, dict[str, Any]] = fields.mapping(
         "other hyper-parameters where a module name matches a pattern"
@@ -74,6 +76,12 @@ class Method:
                 raise ValueError(
                     f"{self.slug}: {low}={getattr(self, low)} is above {high}={getattr(self, high)}; {why}"
                 )
+        for name, other, values in self.only:
+            given, found = getattr(self, name), getattr(self, other)
+            if found not in values and given != getattr(type(self), name):
+                shown = f"{given:g}" if isinstance(given, float) else given
+                wanted = " or ".join(map(repr, values))
+                raise ValueError(f"{self.slug}: {name}={shown} is for {other}={wanted}, not {found}")
         if self.overrides and not self.overridable:
             raise ValueError(
                 f"{self.slug} is the same at all its places; it takes no overrides, {self.overrides!r} was given"

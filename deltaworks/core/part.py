@@ -180,7 +180,13 @@ class Module(Part):
 
 
 class Wrapper(Part):
-    """A change that owns the call of the module it sits at: prompts, side networks, residual rearrangements."""
+    """A change that owns the call of the module it sits at: prompts, side networks, residual rearrangements.
+
+    Class attributes:
+        routable: it changes no activation, so that examples may have adapters of their own beside it.
+    """
+
+    routable: ClassVar[bool] = False
 
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What the module returns instead of `call(*args, **kwargs)`."""

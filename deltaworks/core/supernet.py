@@ -63,10 +63,15 @@ def search(
         configure(genome)
         return float(score())
 
+    before = {name: (part.kinds, part.fixed) for name, part in parts.items()}
     modes = {module: module.training for module in tuned.model.modules()}
     tuned.model.eval()
     try:
         best, history = evolve(costs, scored, budget, sizes or Sizes(), seed)
+    except BaseException:
+        for name, part in parts.items():
+            part.kinds, part.fixed = before[name]
+        raise
     finally:
         for module, mode in modes.items():
             module.training = mode

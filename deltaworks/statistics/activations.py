@@ -136,7 +136,10 @@ def _one_pass(
                 labelled = batch["labels"] != -100 if isinstance(batch.get("labels"), Tensor) else None
                 visible = {False: _mask(batch, "attention_mask"), True: _mask(batch, "decoder_attention_mask")}
                 if base.is_encoder_decoder:
-                    visible[True] = _both(visible[True], labelled)
+                    # Where labels are no text the decoder reads again what the encoder read.
+                    text = labelled if labelled is not None and labelled.dim() == 2 else None
+                    written = _both(visible[True], text)
+                    visible[True] = visible[False] if written is None else written
                 elif answers:
                     visible[False] = _both(visible[False], labelled)
                 model(**moved(batch, model))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib.util
+import inspect
 import logging
 import math
 import re
@@ -381,7 +382,7 @@ def _forecast(
                 changes.append(change(what, at(replace(work, batch_size=size)), passes))
             if not recipe.checkpointing and getattr(model, "supports_gradient_checkpointing", False):
                 changes.append(change("--checkpointing", at(work, True)))
-            if site.packed is not None:
+            if site.packed is not None and "position_ids" in inspect.signature(type(model).forward).parameters:
                 what = f"--packing --batch-size {site.packed.batch_size}"
                 changes.append(change(what, at(site.packed)))
             if work.task != "image-classification" and work.length >= 64:

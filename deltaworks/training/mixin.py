@@ -64,9 +64,10 @@ class DeltaworksMixin(_Base):
             unfuse(model, getattr(self.args, "temperature", None) or 1.0)
         if getattr(self.args, "disable_dropout", False):
             for part in handle.parts():
-                for kind in ("dropout", "row_dropout", "module_dropout"):
-                    if getattr(part, kind, 0.0):
-                        setattr(part, kind, 0.0)
+                for one in (part, getattr(part, "prototype", None)):  # masked copies act through what they copy
+                    for kind in ("dropout", "row_dropout", "module_dropout"):
+                        if getattr(one, kind, 0.0):
+                            setattr(one, kind, 0.0)
         self.add_callback(DeltaworksCallback(self))
 
     @property

@@ -1,4 +1,7 @@
-"""An override acts where it is said to, or is refused: none is accepted and ignored."""
+"""An override changes what is made at its place, or is refused: none is accepted and ignored.
+
+What rules read in training is not seen here; pages say that it is one for all places (`everywhere`).
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import deltaworks as dw
-from deltaworks.core.operators.weighted import Weighted
+from deltaworks.core.operators.weighted import Weighted, gamma_of
 from deltaworks.methods.lowrank.rst_lora import aligned, importance, importance_of, overlap, spread
 from tests.families import FAMILIES
 from tests.methods.toys import attach, net, nudge, part
@@ -198,3 +198,51 @@ def test_training_without_importance_says_so_once() -> None:
     with warnings.catch_warnings(), importance(tuned, torch.ones(2, 5)):
         warnings.simplefilter("error")
         rules.step(lambda: model(x).square().mean())
+
+
+def test_what_holds_for_a_while_wins_over_what_batches_bring_and_leaves_nothing() -> None:
+    model, batch = FAMILIES["llama"]()
+    tuned = dw.attach(model, dw.RSTLoRA(dropout=0.0), seed=0)
+    nudge(tuned, 0.3)
+    shape = batch["input_ids"].shape
+    plain, brought, kept = model(**batch).logits, torch.rand(shape) * 2, torch.rand(shape)
+    with importance(tuned, kept):
+        wanted = model(**batch).logits
+    model(**batch, importance=brought)
+    with importance(tuned, kept):
+        assert torch.equal(model(**batch).logits, wanted)
+        assert torch.equal(model(**batch, importance=brought).logits, wanted)
+    assert torch.equal(model(**batch).logits, plain)
+
+
+def test_two_adapters_read_the_same_importance_and_examples_may_have_one_each() -> None:
+    model, batch = FAMILIES["llama"]()
+    tuned = {name: _named(model, name, seed) for seed, name in enumerate("ab")}
+    gamma = torch.rand(batch["input_ids"].shape, generator=torch.Generator().manual_seed(0)) * 2
+    dw.activate(model, ["a", "b"])
+    brought = model(**batch, importance=gamma).logits
+    with importance(tuned["a"], gamma), importance(tuned["b"], gamma):
+        assert torch.equal(model(**batch).logits, brought)
+    alone = []
+    for name in ("a", "b"):
+        dw.activate(model, name)
+        alone.append(model(**batch).logits)
+    with dw.route(model, ["a", "b"]):
+        mixed = model(**batch).logits
+    assert torch.allclose(mixed[0], alone[0][0], atol=1e-5) and torch.allclose(mixed[1], alone[1][1], atol=1e-5)
+
+
+def _named(model, name: str, seed: int) -> dw.Tuned:
+    tuned = dw.attach(model, dw.RSTLoRA(dropout=0.0), name=name, seed=seed)
+    nudge(tuned, 0.3, seed=seed)
+    return tuned
+
+
+def test_a_shorter_document_beside_a_longer_one_has_the_importance_it_has_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    long, short = torch.rand(5, 5, 2, generator=generator), torch.rand(3, 3, 2, generator=generator)
+    padded = torch.full((5, 5, 2), -1.0)
+    padded[:3, :3] = short
+    units = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 2, -1, -1]])
+    both = gamma_of(None, torch.stack([long, padded]), units, "p_w")
+    assert torch.allclose(both[1], spread(importance_of(short, "p_w"), units[1]))

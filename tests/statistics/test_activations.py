@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 from deltaworks.model.anatomy import describe
 from deltaworks.statistics import SecondMoment, second_moments
@@ -102,3 +103,16 @@ def test_what_is_read_and_what_is_written_have_padding_of_their_own(family: str,
     for answers in (False, True):
         counts = {path: one.count for path, one in second_moments(model, read + wrote, [batch], answers=answers)}
         assert {counts[path] for path in read} == {20} and {counts[path] for path in wrote} == {2 * written - 2}
+
+
+def test_a_decoder_that_reads_the_text_again_has_its_padding() -> None:
+    model, _ = FAMILIES["bart"]()
+    model = transformers.BartForSequenceClassification(model.config).eval()
+    ids = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(0))
+    ids[:, -1] = model.config.eos_token_id
+    shown = torch.ones_like(ids)
+    shown[1, :4] = 0
+    site = "model.decoder.layers.0.fc1"
+    batch = {"input_ids": ids, "attention_mask": shown, "labels": torch.tensor([0, 1])}
+    ((_, moment),) = second_moments(model, [site], [batch])
+    assert moment.count == 20

@@ -45,11 +45,11 @@ def read(source: Source) -> Plan:
         terms = {term: kinds[term] for term in BIAS_TERMS}
         held = {name: value for name, value in tensors.items() if name[0] in terms}
         if held:
-            source.place(path, "bias", BiasTerms(weight.fan_out, terms, False, **held))
+            source.place(path, "bias", BiasTerms(weight.fan_out, terms, **held))  # type: ignore[arg-type]
         terms = {term: kinds[term] for term in WEIGHT_TERMS}
         held = {name: value for name, value in tensors.items() if name[0] in terms}
         if held:
-            source.place(path, "weight", WeightTerms(terms, False, **held))
+            source.place(path, "weight", WeightTerms(terms, **held))  # type: ignore[arg-type]
     source.biases(targets, "glora_only")
     return source.plan(method)
 

@@ -11,7 +11,7 @@ import copy
 import functools
 import zlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -131,10 +131,6 @@ class Copies(Part):
             raise ValueError(f"masked copies of {kind!r} are no {cls.__name__}")
         return cls(part, **{name: settings[name] for name in ("copies", "density", "pattern", "seed")})
 
-    def train(self, mode: bool = True) -> Self:
-        self.prototype.train(mode)
-        return super().train(mode)
-
     @property
     def _lent(self) -> tuple[str, ...]:
         return tuple(f"{name}." for name in self.borrowed)
@@ -160,6 +156,8 @@ class Copies(Part):
 
     def _call(self, what: str, *given: Any, number: int | None = None) -> Any:
         """What a method of the part gives: of one copy's masked tensors, or without a number of the tensors whole."""
+        if self.prototype.training is not self.training:  # which is set module by module, too, and it is in no tree
+            self.prototype.train(self.training)
         held = dict([*self.named_parameters(), *self.named_buffers()])
         tensors = {}
         for name, value in held.items():

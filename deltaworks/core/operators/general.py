@@ -109,9 +109,9 @@ class WeightTerms(Terms, Built):
         au: Tensor | None = None,
         bd: Tensor | None = None,
         bu: Tensor | None = None,
-        fixed: object = False,
+        fixed: bool = False,
     ) -> None:
-        super().__init__(kinds, searching, bool(fixed), {"ad": ad, "au": au, "bd": bd, "bu": bu})
+        super().__init__(kinds, searching, fixed, {"ad": ad, "au": au, "bd": bd, "bu": bu})
         # Backward folds again; what was drawn would be drawn anew. So a search builds the change in the open.
         self.__dict__["lean"] = searching
 
@@ -193,9 +193,9 @@ class BiasTerms(Terms):
         cu: Tensor | None = None,
         dd: Tensor | None = None,
         ed: Tensor | None = None,
-        fixed: object = False,
+        fixed: bool = False,
     ) -> None:
-        super().__init__(kinds, searching, bool(fixed), {"cd": cd, "cu": cu, "dd": dd, "ed": ed})
+        super().__init__(kinds, searching, fixed, {"cd": cd, "cu": cu, "dd": dd, "ed": ed})
         self.fan_out = fan_out
 
     def settle(self, weight: Weight) -> None:

@@ -108,8 +108,10 @@ class LowRankSparse(Factored):
         return sparse_linear(x, weight, bias, *settings, mask, self)
 
     def look_up(self, tokens: Tensor, layer: nn.Embedding) -> Tensor:
-        rest = nn.functional.embedding(tokens, self._rest(layer).T, layer.padding_idx)
-        return super().look_up(tokens, layer) + rest
+        if self.additive:
+            change = nn.functional.embedding(tokens, self.sparse().T, layer.padding_idx)
+            return super().look_up(tokens, layer) + change
+        return nn.functional.embedding(tokens, (self._rest(layer) + super().dense()).T, layer.padding_idx)
 
     def convolve(self, x: Tensor, layer: Any) -> Tensor:
         def by(matrix: Tensor, x: Tensor) -> Tensor:

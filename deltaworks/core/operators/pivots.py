@@ -44,8 +44,11 @@ class Pivots(Scaled):
         super().__init__()
         if z.dim() != 1 or len(z) > min(fan_out, fan_in):
             raise ValueError(f"a weight of {fan_out} x {fan_in} has {min(fan_out, fan_in)} pivots, not {list(z.shape)}")
-        if start.shape != z.shape or rows.shape != z.shape or (not rows.is_meta and int(rows.max()) >= fan_out):
-            raise ValueError(f"{len(z)} pivots need as many starts and rows, the rows below {fan_out}")
+        fits = start.shape == z.shape == rows.shape
+        if fits and not rows.is_meta and bool((rows >= 0).any()):  # else they are not found yet
+            fits = int(rows.min()) >= 0 and int(rows.max()) < fan_out and len(rows.unique()) == len(rows)
+        if not fits:
+            raise ValueError(f"{len(z)} pivots need as many starts and rows, all different and below {fan_out}")
         self.z = nn.Parameter(z)
         self.fan_out, self.fan_in, self.scale = fan_out, fan_in, float(scale)
         self.register_buffer("start", start)
@@ -125,8 +128,12 @@ def decomposed(weight: Tensor, rank: int, rows: Tensor | None = None) -> tuple[T
 
 def _eliminated(packed: Tensor, rank: int) -> Tensor:
     """A matrix turned in place into L and U as LU packs them, rows as they are, as far as `rank` pivots go."""
+    panel, ahead = packed[:, :rank], packed[:rank, rank:]
     for k in range(rank):
-        if packed[k, k] != 0:
-            packed[k + 1 :, k] /= packed[k, k]
-            packed[k + 1 :, k + 1 :].addr_(packed[k + 1 :, k], packed[k, k + 1 :], alpha=-1)
+        if panel[k, k] == 0:
+            panel[k + 1 :, k] = 0.0
+            continue
+        panel[k + 1 :, k] /= panel[k, k]
+        panel[k + 1 :, k + 1 :].addr_(panel[k + 1 :, k], panel[k, k + 1 :], alpha=-1)
+    ahead.copy_(torch.linalg.solve_triangular(panel[:rank], ahead, upper=False, unitriangular=True))
     return packed

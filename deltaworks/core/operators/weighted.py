@@ -22,13 +22,14 @@ class Importance(Shared):
     Attributes:
         gamma: `batch x tokens`, or `batch x tokens x groups` for one weight a group of input features; None for none.
         brought: whether a batch brought it, so that one without takes it away again.
+        held: whether it holds for a while, whatever batches bring.
         weighed: whether any input was weighed yet.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.gamma: Tensor | None = None
-        self.brought = self.weighed = False
+        self.brought = self.held = self.weighed = False
 
     def of(self, x: Tensor) -> Tensor | None:
         """`1 + gamma` for an input, `batch x tokens x groups` in its dtype; None where there is no gamma.
@@ -76,8 +77,9 @@ class Weighted(LowRank):
 
     def side(self, x: Tensor) -> Tensor:
         weights = self._weights(x)
-        if weights is None:
-            return super().side(x)
+        return super().side(x) if weights is None else self._weighed(x, weights)
+
+    def _weighed(self, x: Tensor, weights: Tensor) -> Tensor:
         x = dropped(self, x)
         # Only activations as narrow as the rank are weighed: group by group, then summed.
         size = -(-x.shape[-1] // weights.shape[-1])
@@ -86,10 +88,12 @@ class Weighted(LowRank):
         return self.scale * (z @ self.b.to(x.dtype).T)
 
     def act(self, x: Tensor, y: Tensor, weight: Weight) -> Tensor:
-        return super().act(x, y, weight) if self._weights(x) is None else y + self.side(x).to(y.dtype)
+        weights = self._weights(x)
+        return super().act(x, y, weight) if weights is None else y + self._weighed(x, weights).to(y.dtype)
 
     def with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        return super().with_base(x, weight, bias) if self._weights(x) is None else None
+        weighed = self.reads and self.importance.gamma is not None
+        return None if weighed else super().with_base(x, weight, bias)
 
 
 class Bearer(Wrapper):
@@ -104,6 +108,7 @@ class Bearer(Wrapper):
 
     settings: ClassVar[tuple[str, ...]] = ("variant",)
     borrowed: ClassVar[tuple[str, ...]] = ("importance",)
+    routable = True
 
     def __init__(self, importance: Importance, variant: str) -> None:
         super().__init__()
@@ -112,8 +117,11 @@ class Bearer(Wrapper):
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = {name: kwargs.pop(name) for name in ("importance", "parse", "units") if name in kwargs}
         gamma = gamma_of(given.get("importance"), given.get("parse"), given.get("units"), self.variant)
-        if gamma is not None or self.importance.brought:
+        if not self.importance.held and (gamma is not None or self.importance.brought):
             self.importance.gamma, self.importance.brought = gamma, gamma is not None
+        further = getattr(getattr(call, "func", None), "__self__", None)
+        if isinstance(further, Bearer):  # another adapter's, which reads the same
+            kwargs |= given
         return call(*args, **kwargs)
 
 
@@ -122,7 +130,7 @@ def gamma_of(gamma: Tensor | None, parse: Tensor | None, units: Tensor | None, v
 
     Args:
         gamma: `batch x tokens` or `batch x tokens x groups`, at least 0; None for none.
-        parse: `batch x units x units x relations`, see `importance_of`.
+        parse: `batch x units x units x relations`, see `importance_of`; documents with fewer units are padded with -1.
         units: `batch x tokens`, see `spread`.
         variant: how gamma is made of a parse.
 
@@ -132,8 +140,9 @@ def gamma_of(gamma: Tensor | None, parse: Tensor | None, units: Tensor | None, v
     if (parse is None) != (units is None) or (parse is not None and gamma is not None):
         raise ValueError("importance is given as gamma, or as parse and units, the unit of every token")
     if parse is not None and units is not None:
-        each = [spread(importance_of(p, variant), u) for p, u in zip(parse, units, strict=True)]
-        gamma = torch.stack(each)
+        counts = [int((p >= 0).flatten(1).any(1).sum()) for p in parse]
+        documents = zip(parse, units, counts, strict=True)
+        gamma = torch.stack([spread(importance_of(p[:n, :n], variant), u) for p, u, n in documents])
     if gamma is not None and (gamma.dim() not in (2, 3) or bool((gamma < 0).any())):
         raise ValueError("importance is batch x tokens, or batch x tokens x groups, and never negative")
     return gamma

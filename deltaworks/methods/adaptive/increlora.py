@@ -38,7 +38,7 @@ class IncreLoRA(WeightMethod):
     """Triplets that grow; trains `init_rank * (in + out + 1) + grow * (in + out)` values a layer at the start."""
 
     ordered = (("init_rank", "target_rank", "ranks only grow"),)
-    everywhere = ("target_rank", "top", "warmup", "interval", "rise", "beta1", "beta2", "gamma")
+    everywhere = ("target_rank", "grow", "top", "warmup", "interval", "rise", "advance", "beta1", "beta2", "gamma")
 
     init_rank: int = fields.positive(1, "active terms of every layer at the start")
     target_rank: int = fields.positive(2, "average number of terms of the layers at the end")

@@ -35,7 +35,7 @@ class TriAdaptLoRA(WeightMethod):
     """Low rank that grows; trains `r (in + out)` values a layer and two triangles, r the rank at the time."""
 
     ordered = (("init_rank", "reference", "ranks only grow"),)
-    everywhere = ("growth", "warmup", "interval", "gamma")
+    everywhere = ("reference", "growth", "warmup", "interval", "gamma")
 
     init_rank: int = fields.positive(1, "rank of every layer at the start, the width of its first block")
     reference: int = fields.positive(8, "average rank of the layers at which growth stops")

@@ -2,12 +2,12 @@
 
 `copies` of another method's change share its tensors, each under random binary masks of its own that never change, and
 are added up. For LoRA dW = s sum_i (M_i^B * B)(M_i^A * A), of `copies` times the rank at the same number of parameters,
-also where a factor is frozen or shared. For a bottleneck sum_i (M_i^up * U) f((M_i^down * D) h + b_D) + b_U, biases
+also where a factor is frozen or shared. For a bottleneck sum_i [(M_i^up * U) f((M_i^down * D) h + b_D) + b_U], biases
 unmasked. Any other change that adds to weights is sum_i dW(M_i * theta) with theta what trains; random matrices that
 layers share (VeRA) and singular vectors of the weight (SVFit) stay whole, and so does what changes vectors, as norms.
 A shared entry's gradient is the sum over the copies, as true tying gives it; the official code ties separate layers by
 hand, and its masks depend on the order of calls, ours on the seed and the layer's name. Prefix-tuning's MLP, the
-paper's third, is refused: all layers share half of it, and it gives way to its table.
+paper's third, is refused: one half of it belongs to all layers, and after training its output takes its place.
 Use it over another method (`over=`, with its hyper-parameters in `inner=`) when parameters are scarce and its rank is
 what limits it.
 """

@@ -50,7 +50,11 @@ class ColaChain(WeightMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.ranks is not None and self.links not in (type(self).links, len(self.ranks)):
+            raise ValueError(f"cola_chain: links={self.links} and {len(self.ranks)} ranks are given; give ranks alone")
         for pattern, settings in self.overrides.items():
+            if "rank" in settings and self.ranks is not None:
+                raise ValueError(f"cola_chain: overrides[{pattern!r}] has rank, but ranks are given; override these")
             own = replace(self, overrides={}, **settings).chain
             if len(own) != len(self.chain):
                 raise ValueError(

@@ -5,8 +5,8 @@ important weigh more in the branch; the base sees them as they are. A parser giv
 unit i is the nucleus of unit j under relation k; `importance_of` turns it into one gamma a unit (`wo`) or one a
 relation (`w`, each for a contiguous group of input features), from probabilities (`p`) or from p >= 0.5 (`b`);
 `spread` gives every token its unit's. Which layers (here q and v), whether binary comes before the mean (it does), how
-relations become groups of features (in order) and what decoders have (gamma = 0) are not in the paper; no code is
-published.
+relations become groups of features (in order) and what a decoder behind an encoder has (gamma = 0) are not in the
+paper; no code is published.
 gamma comes with the batch: `model(**batch, importance=gamma)` or `model(**batch, parse=p, units=units)`, of which
 `variant` makes it; where a call cannot carry it, as in generation, `with importance(tuned, gamma): ...`. `aligned`
 finds the tokens of a parse's units, `overlap` stands in for a parser. Without gamma it trains as LoRA, and says so.
@@ -114,8 +114,9 @@ def importance(tuned: Tuned, gamma: Tensor | None) -> Iterator[None]:
     shared = tuned.state.adapters[tuned.name].shared.get("importance")
     if not isinstance(shared, Importance):
         raise ValueError(f"{tuned.method.slug} does not weigh tokens; importance is for rst_lora")
-    before, shared.gamma = shared.gamma, gamma_of(gamma, None, None, "p_w")
+    before = shared.gamma, shared.held
+    shared.gamma, shared.held = gamma_of(gamma, None, None, "p_w"), True
     try:
         yield
     finally:
-        shared.gamma = before
+        shared.gamma, shared.held = before

@@ -32,7 +32,7 @@ class VBLoRA(WeightMethod):
     exact_at_start = False
     default_lr = 1e-3
     ordered = (("top", "vectors", "it chooses among them"),)
-    everywhere = ("keep_logits",)
+    everywhere = ("vectors", "keep_logits")
 
     rank: int = fields.positive(4, "inner dimension r")
     vectors: int = fields.positive(90, "h, vectors in the bank; the paper takes 2048 for a 7B model")
@@ -45,7 +45,8 @@ class VBLoRA(WeightMethod):
 
     def shared(self, base: Anatomy) -> dict[str, Shared]:
         weights = [weight_at(base.model, site) for site in base.select(self.on, what="weight")]
-        return {"bank": VectorBank(self.vectors, max(self.piece(weight) for weight in weights))}
+        pieces = [self.at(weight.path).piece(weight) for weight in weights]  # type: ignore[attr-defined]
+        return {"bank": VectorBank(self.vectors, max(pieces))}
 
     def piece(self, weight: Weight) -> int:
         """How many values a piece has at a layer."""

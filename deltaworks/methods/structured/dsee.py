@@ -45,6 +45,8 @@ class DSEE(Method):
     overridable = False
     refuses = ("mamba",)
     default_lr = 5e-4
+    only = (("neurons", "prune", ("coefficients",)), ("l1", "prune", ("coefficients",)),
+            ("score", "prune", ("entries", "heads")))  # fmt: skip
 
     on: Any = fields.sites(list(TRAINED))
     rank: int = fields.positive(16, "inner dimension r")
@@ -64,8 +66,7 @@ class DSEE(Method):
         for site in pieces(base, trained):
             weight = weight_at(base.model, site)
             if site in trained and weight.experts:
-                place = f"{site.path}.{site.parameter}"
-                raise ValueError(f"dsee: {place} holds {weight.experts} experts in one tensor; leave it out of on")
+                raise ValueError(f"dsee: {site.name} holds {weight.experts} experts in one tensor; leave it out of on")
             if site in trained:
                 yield Placed(site, self.delta(weight), label(site))
             elif self.prune == "nothing" or site.kind != "linear":

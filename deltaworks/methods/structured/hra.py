@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...core import fields
+from ...core.experts import setting
 from ...core.init import kaiming
 from ...core.method import WeightMethod
 from ...core.operators.rotation import Householder, units
@@ -26,7 +27,8 @@ class Apart(Rule):
         self.strength = strength
 
     def penalty(self, run: Run) -> Tensor | None:
-        columns = [units(u) for _, (u,) in run.tuned.tensors_of(Householder, "u")]
+        free = (part for _, part in run.tuned.of_kind(Householder) if not setting(part, "orthogonal"))
+        columns = [units(part.get_parameter("u")) for part in free]
         terms = [(torch.eye(u.shape[-1], dtype=u.dtype, device=u.device) - u.mT @ u).square().sum() for u in columns]
         return self.strength * pooled(terms).sum() if terms else None
 
@@ -46,6 +48,8 @@ class HRA(WeightMethod):
         super().__post_init__()
         if self.rank % 2 and not self.strict:
             raise ValueError(f"hra: rank={self.rank} is not allowed; reflections cancel in pairs, so it must be even")
+        if self.strict and self.penalty != type(self).penalty:
+            raise ValueError(f"hra: penalty={self.penalty:g} is given, but strict columns are apart; leave it out")
         object.__setattr__(self, "exact_at_start", not self.strict)
 
     def delta(self, weight: Weight) -> Householder:
@@ -54,7 +58,7 @@ class HRA(WeightMethod):
         return Householder(kaiming(weight.fan_in, self.rank // 2).repeat_interleave(2, dim=1))
 
     def rules(self) -> list[Rule]:
-        return [Apart(self.penalty)] if self.penalty and not self.strict else []
+        return [Apart(self.penalty)] if self.penalty and (self.overrides or not self.strict) else []
 
     def count(self, weight: Weight) -> int:
         return (min(self.rank, weight.fan_in) if self.strict else self.rank) * weight.fan_in

@@ -3,8 +3,8 @@
 M = P2 blockdiag(w2) P1 blockdiag(w1): K blocks on the input, L on the output, joined at rank R; M can have full rank.
 `mode="delta"`: W' = W + M with w2 = 0 and R = 1 (our use of it). `mode="project"`: W' = M, started at the nearest
 Monarch matrix to W, then trained, the paper's dense-to-sparse fine-tuning; R is that of the official layer, min(in,
-out) / (K L), half of the weight's values for K = L = 4 and 1 for `blocks=[32, 24]` at a width of 768. The official
-projection knows square layers and R = 1 only; here every strided block is cut to rank R, for any shape.
+out) / (K L). At a width of 768 it is 48 for K = L = 4, half of the weight's values, and 1 for `blocks=[32, 24]`. The
+official projection knows square layers and R = 1 only; here every strided block is cut to rank R, for any shape.
 `densify=0.9` is the paper's sparse-to-dense: for the rest of the steps M is multiplied out and all its entries train.
 Use delta for high rank at low cost, project to make a model smaller while tuning it.
 """
@@ -37,6 +37,7 @@ class Monarch(WeightMethod):
     """Two block-diagonal factors; trains `R (L in + K out)` values a layer, in and out rounded up to blocks."""
 
     everywhere = ("densify",)
+    only = (("dropout", "mode", ("delta",)), ("densify", "mode", ("project",)))
 
     mode: str = fields.choice("delta", ["delta", "project"], "M beside the weight, or in its place")
     blocks: Any = fields.declared(4, "blocks of w1 and w2, K = L or [K, L]; at most the smaller width", BLOCKS, _blocks)
@@ -47,13 +48,6 @@ class Monarch(WeightMethod):
     densify: float | None = fields.number(
         None, "share of the steps after which M goes on as a dense matrix; project only", above=0, high=1
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.mode == "project" and self.dropout:
-            raise ValueError(f"monarch: dropout={self.dropout} is for mode='delta'; a projected weight has no branch")
-        if self.mode == "delta" and self.densify is not None:
-            raise ValueError(f"monarch: densify={self.densify} is for mode='project'; beside M the weight is dense")
 
     def delta(self, weight: Weight) -> Operator:
         k, l, rank, s, p = self._sizes(weight)

@@ -38,6 +38,7 @@ class SODA(WeightMethod):
 
     refuses = ("mamba",)
     everywhere = ("beta1", "beta2")
+    only = (("rank", "form", ("qr",)),)
 
     form: str = fields.choice("svd", ("svd", "qr"), "what is moved beside the directions: the spectrum, or L")
     rank: int = fields.positive(8, "inner dimension of L's change; qr only")
@@ -45,11 +46,6 @@ class SODA(WeightMethod):
     beta2: float = fields.fraction(0.999, "smoothing of its square")
     rotation_lr_scale: float = fields.number(1.0, "learning rate of the rotations relative to the run's", above=0)
     on: Any = fields.sites("attention")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.form == "svd" and self.rank != type(self).rank:
-            raise ValueError(f"soda: rank={self.rank} is for form='qr'; svd shifts the spectrum, which has no rank")
 
     def delta(self, weight: Weight) -> TurnedSpectrum | TurnedFactor:
         fan_out, fan_in, n = weight.fan_out, weight.fan_in, min(weight.fan_in, weight.fan_out)

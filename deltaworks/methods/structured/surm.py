@@ -34,6 +34,10 @@ class SURM(WeightMethod):
     """
 
     default_lr = 2e-3
+    only = (
+        ("pairs", "structure", ("ldr",)), ("rank", "structure", ("kronecker",)), ("alpha", "structure", ("kronecker",)),
+        ("scale", "structure", ("circulant", "toeplitz", "ldr")),
+    )  # fmt: skip
 
     structure: str = fields.choice("circulant", ["circulant", "toeplitz", "ldr", "kronecker"], "kind of matrix")
     tile: int | None = fields.positive(None, "side of the square tiles, a common divisor of the widths", optional=True)
@@ -46,12 +50,6 @@ class SURM(WeightMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, kind in (("pairs", "ldr"), ("rank", "kronecker"), ("alpha", "kronecker")):
-            if self.structure != kind and getattr(self, name) != getattr(type(self), name):
-                given = f"{name}={getattr(self, name):g}"
-                raise ValueError(f"surm: {given} is for structure={kind!r}, not {self.structure}")
-        if self.structure == "kronecker" and self.scale != 1:
-            raise ValueError(f"surm: scale={self.scale:g} is not for a Kronecker product, whose scale is alpha / r")
         if self.structure == "kronecker" and (self.dropout or self.tile is not None or self.train_scale):
             raise ValueError("surm: a Kronecker product has neither dropout nor tiles nor train_scale; leave them out")
         if self.train_scale and self.scale != 1:

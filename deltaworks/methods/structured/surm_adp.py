@@ -27,6 +27,10 @@ class SURMAdapter(Method):
 
     mergeable = False
     default_lr = 2e-3
+    only = (
+        ("pairs", "structure", ("ldr",)), ("rank", "structure", ("kronecker",)), ("alpha", "structure", ("kronecker",)),
+        ("scale", "structure", ("circulant", "toeplitz", "ldr")),
+    )  # fmt: skip
 
     structure: str = fields.choice("circulant", STRUCTURES, "kind of matrix")
     activation: str = fields.choice("gelu", tuple(ACTIVATIONS), "non-linearity f; identity for the authors' linear")
@@ -36,15 +40,6 @@ class SURMAdapter(Method):
     alpha: float = fields.number(16.0, "numerator of alpha / r; kronecker only", above=0)
     dropout: float = fields.fraction(0.0, "probability of dropping a feature of h on the added path")
     on: Any = fields.sites("block", "which blocks: block for all, or any place in the ones meant")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, kind in (("pairs", "ldr"), ("rank", "kronecker"), ("alpha", "kronecker")):
-            if self.structure != kind and getattr(self, name) != getattr(type(self), name):
-                given = f"{name}={getattr(self, name):g}"
-                raise ValueError(f"surm_adp: {given} is for structure={kind!r}, not {self.structure}")
-        if self.structure == "kronecker" and self.scale != 1:
-            raise ValueError(f"surm_adp: scale={self.scale:g} is not for a Kronecker product, whose scale is alpha / r")
 
     def parts(self, base: Anatomy, shared: dict[str, Shared], measured: Any) -> Iterator[Placed]:
         found = False

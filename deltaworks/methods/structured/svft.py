@@ -25,18 +25,12 @@ class SVFT(WeightMethod):
     """A sparse matrix between singular vectors; trains n values a layer, or `n (2 d + 1) - d (d + 1)`."""
 
     default_lr = 5e-3
+    only = (("band", "pattern", ("banded", "random", "top")), ("seed", "pattern", ("random",)))
 
     pattern: str = fields.choice("plain", ["plain", "banded", "random", "top"], "which entries of M train")
     band: int = fields.positive(2, "d: entries with |i - j| <= d, or as many elsewhere; not for plain")
     start: str = fields.choice("zeros", ["zeros", "normal"], "zeros (no gate), or normal under a trained gate")
     seed: int = fields.whole(0, "of the entries; random only")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.pattern == "plain" and self.band != type(self).band:
-            raise ValueError(f"svft: band={self.band} is for banded, random and top; pattern='plain' is the diagonal")
-        if self.pattern != "random" and self.seed != type(self).seed:
-            raise ValueError(f"svft: seed={self.seed} is for pattern='random'; {self.pattern} draws no entries")
 
     def delta(self, weight: Weight) -> Singular:
         n, size = min(weight.fan_in, weight.fan_out), (weight.fan_out, weight.fan_in)
