@@ -79,7 +79,7 @@ class GLoRA(Method):
         for term in "de":
             held = "vector" if self.supernet and (term == "e" or weight.bias() is not None) else kinds[term]
             tensors |= self._term(term, held, weight.fan_out, 1)
-        return BiasTerms(weight.fan_out, kinds, self.supernet, **tensors)
+        return BiasTerms(weight.fan_out, kinds, self.supernet, **tensors)  # type: ignore[arg-type]
 
     def _term(self, name: str, kind: str, rows: int, columns: int) -> dict[str, Tensor]:
         if self.supernet and name in "abc":
