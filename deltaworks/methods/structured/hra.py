@@ -48,7 +48,7 @@ class HRA(WeightMethod):
         super().__post_init__()
         if self.rank % 2 and not self.strict:
             raise ValueError(f"hra: rank={self.rank} is not allowed; reflections cancel in pairs, so it must be even")
-        if self.strict and self.penalty != type(self).penalty:
+        if self.strict and self.penalty not in (0.0, type(self).penalty):
             raise ValueError(f"hra: penalty={self.penalty:g} is given, but strict columns are apart; leave it out")
         object.__setattr__(self, "exact_at_start", not self.strict)
 
