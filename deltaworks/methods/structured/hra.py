@@ -37,7 +37,7 @@ class Apart(Rule):
 class HRA(WeightMethod):
     """A chain of reflections; trains `rank * in` values a layer."""
 
-    default_lr = 1e-3
+    default_lr = 3e-3
     everywhere = ("penalty",)
 
     rank: int = fields.positive(8, "number of reflections r, even unless strict")
