@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..model.anatomy import Anatomy, Site, describe
 from ..model.kinds import GRAFT
 from ..model.weights import Weight, consumes, is_quantised, keep_differentiable
-from .experts import PerExpert
+from .experts import PerExpert, setting
 from .graft import Switchboard, graft, graft_of, introduce, still, ungraft, vacate
 from .method import Batches, Method, Placed, weight_at
 from .operators.low_rank import LowRank
@@ -205,12 +205,13 @@ def _tell_of_dropout(model: nn.Module, placed: Sequence[Placed]) -> None:
     """Warn of dropout where a change enters through the weight as a whole, and no input is there to drop from."""
     deaf = []
     for item in placed:
-        inner = item.part.inner if isinstance(item.part, PerExpert) else {}
-        drops = inner.get("dropout") or inner.get("inner", {}).get("dropout")
-        if isinstance(item.part, Delta) and (getattr(item.part, "dropout", 0.0) or drops):
+        part = item.part
+        # Masked copies in a stack have it among the settings of what they copy.
+        stacked = setting(part, "inner", {}) if isinstance(part, PerExpert) else {}
+        if isinstance(part, Delta) and (setting(part, "dropout") or stacked.get("dropout")):
             kind = consumes(model.get_submodule(item.site.path))
             special = {"embedding": "look_up", "convolution": "convolve"}.get(kind, "")
-            heard = item.part.lean if kind == "linear" else hasattr(item.part, special)
+            heard = part.lean if kind == "linear" else hasattr(part, special)
             if not (heard and item.site.called and item.site.kind != "experts"):
                 deaf.append(item.site.name)
     if deaf:

@@ -57,6 +57,10 @@ class GrowingRanks(Rule):
         """How many ranks all layers together are short of."""
         return sum(self.target - self.rank(part) for part in self.parts(run).values())
 
+    def first(self, run: Run) -> int:
+        """The first step at which a check is due."""
+        return (run.steps(self.method.warmup) // self.interval(run) + 1) * self.interval(run)
+
     @torch.no_grad()
     def check(self, run: Run, step: int) -> None:
         """Let layers grow if it is time to, and keep their ranks for the report."""

@@ -44,6 +44,12 @@ class Part(nn.Module):
         """The plain constructor arguments, as JSON can hold them."""
         return {name: getattr(self, name) for name in self.settings}
 
+    def stop_dropping(self) -> None:
+        """Set every dropout to zero."""
+        for kind in ("dropout", "row_dropout", "module_dropout"):
+            if getattr(self, kind, 0.0):
+                setattr(self, kind, 0.0)
+
     def tensors(self) -> dict[str, Tensor]:
         """What a file keeps: own parameters and persistent buffers, borrowed modules left out."""
         lent = tuple(f"{name}." for name in self.borrowed)

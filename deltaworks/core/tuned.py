@@ -100,6 +100,11 @@ class Tuned:
     def method(self) -> Method:
         return self.state.adapters[self.name].method
 
+    @property
+    def shared(self) -> dict[str, Shared]:
+        """What parts of the adapter borrow, by name."""
+        return self.state.adapters[self.name].shared
+
     def parts(self) -> Iterator[Part]:
         """The adapter's parts, in order of attachment."""
         return (part for _, part in named_parts(self.model, self.name))
@@ -132,7 +137,7 @@ class Tuned:
         part.site = old.site
         part.train(old.training)
         found.add(self.name, label, part)
-        self.state.adapters[self.name].shared.update(shared or {})
+        self.shared.update(shared or {})
         self._forget()
 
     def remove(self, name: str) -> None:
@@ -237,7 +242,7 @@ class Tuned:
                 kept[full] = part.learned if part.learned is not None else self.model.get_parameter(full).detach()
             else:
                 kept.update({f"{name}.{inner}": value for inner, value in part.tensors().items()})
-        for key, module in self.state.adapters[self.name].shared.items():
+        for key, module in self.shared.items():
             kept.update({f"shared.{key}.{inner}": value for inner, value in module.state_dict().items()})
         return kept
 

@@ -64,10 +64,7 @@ class DeltaworksMixin(_Base):
             unfuse(model, getattr(self.args, "temperature", None) or 1.0)
         if getattr(self.args, "disable_dropout", False):
             for part in handle.parts():
-                for one in (part, getattr(part, "prototype", None)):  # masked copies act through what they copy
-                    for kind in ("dropout", "row_dropout", "module_dropout"):
-                        if getattr(one, kind, 0.0):
-                            setattr(one, kind, 0.0)
+                part.stop_dropping()
         self.add_callback(DeltaworksCallback(self))
 
     @property

@@ -17,7 +17,7 @@ from deltaworks.core.operators.boosted import form_of
 from deltaworks.core.operators.tensor_train import TrainLowRank
 from deltaworks.core.part import Delta, Part
 from tests.families import FAMILIES
-from tests.methods.toys import attach, net, nudge, part
+from tests.methods.toys import assert_stored_and_merged, attach, net, nudge, part
 
 LORA = {"rank": 2, "alpha": 4.0}
 
@@ -107,13 +107,7 @@ def test_it_boosts_other_methods(over: str, inner: dict, tmp_path) -> None:
     single, _ = net(12, 8, 6)
     count = sum(p.numel() for p in dw.attach(single, dw.method(over, on=torch.nn.Linear, **inner)).parameters())
     assert sum(p.numel() for p in tuned.parameters()) == count
-    expected = model(x)
-    dw.save(model, tmp_path / "adapter")
-    fresh, _ = net(12, 8, 6)
-    dw.load(fresh, tmp_path / "adapter")
-    assert torch.equal(fresh(x), expected)
-    dw.merge(model)
-    assert torch.allclose(model(x), expected)
+    assert_stored_and_merged(model, net(12, 8, 6)[0], x, tmp_path)
 
 
 def test_what_masks_would_break_is_refused_by_name() -> None:

@@ -10,7 +10,7 @@ from deltaworks.core.operators.monarch import Monarch, Replaced, projected
 from deltaworks.model.weights import Weight
 from tests.families import FAMILIES
 from tests.methods.resuming import trained
-from tests.methods.toys import attach, net, nudge, part, saved_shapes, steps
+from tests.methods.toys import assert_stored_and_merged, attach, net, nudge, part, saved_shapes, steps
 
 CASES = [(12, 12, 3, 4, 1), (12, 20, 4, 2, 2), (10, 7, 3, 2, 2), (6, 6, 2, 2, 3)]
 
@@ -159,13 +159,7 @@ def test_after_its_share_of_the_steps_it_goes_on_as_a_dense_matrix(tmp_path) -> 
         rules.step(lambda: model(x).square().sum())
         assert type(part(tuned)) is kind and rank() == reached
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in tuned.parameters()]
-    output = model(x)
-    dw.save(model, tmp_path / "adapter")
-    fresh, _ = net(12, 8, 6)
-    dw.load(fresh, tmp_path / "adapter")
-    assert torch.equal(fresh(x), output)
-    dw.merge(model)
-    assert torch.allclose(model(x), output)
+    assert_stored_and_merged(model, net(12, 8, 6)[0], x, tmp_path)
     dw.detach(model)
     assert torch.equal(model.first.weight, net(12, 8, 6)[0].first.weight)
 

@@ -12,7 +12,7 @@ import deltaworks as dw
 from deltaworks.core.operators.circulant import Circulant
 from deltaworks.core.operators.structured_tiles import STRUCTURES, StructuredTiles
 from deltaworks.model.weights import Weight
-from tests.methods.toys import attach, net, nudge, part, saved_shapes
+from tests.methods.toys import assert_stored_and_merged, attach, net, nudge, part, saved_shapes
 
 
 def made(structure: str, rows: int = 2, columns: int = 3, n: int = 5, pairs: int = 1) -> StructuredTiles:
@@ -136,13 +136,7 @@ def test_a_scale_that_trains_starts_at_zero_and_can_leave_it(structure: str, tmp
     wanted = torch.autograd.grad((delta.dense() * g).sum(), (delta.a, delta.b, delta.s))
     for found, slope in zip(delta.pulled(model.first.weight, g.clone()), wanted, strict=True):
         assert torch.allclose(found, slope)
-    trained = model(x)
-    dw.save(model, tmp_path)
-    fresh, _ = net(12, 8, 6)
-    dw.load(fresh, tmp_path)
-    assert torch.equal(fresh(x), trained)
-    dw.merge(model)
-    assert torch.allclose(model(x), trained)
+    assert_stored_and_merged(model, net(12, 8, 6)[0], x, tmp_path)
 
 
 @pytest.mark.parametrize("train_scale", [False, True])

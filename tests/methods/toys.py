@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,16 @@ def steps(
         rules.emit("step_end")
         yield step
     rules.emit("finished")
+
+
+def assert_stored_and_merged(model: nn.Module, fresh: nn.Module, x: Tensor, folder: Path) -> None:
+    """The output comes back bit for bit from a file on a fresh base, and closely from merged weights."""
+    expected = model(x)
+    dw.save(model, folder / "adapter")
+    dw.load(fresh, folder / "adapter")
+    assert torch.equal(fresh(x), expected)
+    dw.merge(model)
+    assert torch.allclose(model(x), expected)
 
 
 def saved_shapes(call: Callable[[], Tensor]) -> list[tuple[int, ...]]:

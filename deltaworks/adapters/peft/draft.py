@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.attach import state_of
 from ...core.method import weight_at
 from ...core.operators.offset import Offset
 from ...core.part import Delta, Part, Trained
@@ -41,7 +40,7 @@ class Draft:
 
     def __init__(self, handle: Tuned) -> None:
         self.model, self.method = handle.model, handle.method
-        self.shared = state_of(handle.model).adapters[handle.name].shared
+        self.shared = handle.shared
         self.base = describe(handle.model)
         everything = list(handle.parts())
         self.values = {_place(part): self._value(part) for part in everything if self._is_value(part)}

@@ -131,6 +131,10 @@ class Copies(Part):
             raise ValueError(f"masked copies of {kind!r} are no {cls.__name__}")
         return cls(part, **{name: settings[name] for name in ("copies", "density", "pattern", "seed")})
 
+    def stop_dropping(self) -> None:
+        super().stop_dropping()
+        self.prototype.stop_dropping()  # which copies of modules act through
+
     @property
     def _lent(self) -> tuple[str, ...]:
         return tuple(f"{name}." for name in self.borrowed)

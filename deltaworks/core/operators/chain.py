@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from ...model.weights import Weight
-from .low_rank import LowRank, add_branch, dropped, linear_with_branch, plain
+from .low_rank import LowRank, add_branch, convolved, dropped, linear_with_branch, plain
 
 
 class Chain(LowRank):
@@ -42,15 +40,12 @@ class Chain(LowRank):
         if not self.drops:
             return super().convolve(x, layer)
         a0, b0 = self._constants()
-        return self._convolved(dropped(self, x), self.b @ self.a, layer) - self._convolved(x, b0 @ a0, layer)
+        trained, finished = self.scale * (self.b @ self.a), self.scale * (b0 @ a0)
+        return convolved(trained, dropped(self, x), layer) - convolved(finished, x, layer)
 
     def _finished(self, x: Tensor) -> Tensor:
         a0, b0 = self._constants()
         return (x @ a0.to(x.dtype).T) @ b0.to(x.dtype).T * -self.scale
-
-    def _convolved(self, x: Tensor, matrix: Tensor, layer: Any) -> Tensor:
-        kernel = (self.scale * matrix).to(x.dtype).unflatten(1, layer.weight.shape[1:])
-        return layer._conv_forward(x, kernel, None)
 
     def _constants(self) -> tuple[Tensor, Tensor]:
         assert self.a0 is not None and self.b0 is not None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..part import heard
-from .low_rank import Factored, _by_weight
+from .low_rank import Factored, convolved
 from .products import over_rows
 from .triplet import Triplet
 
@@ -69,7 +69,7 @@ class Growing(Factored):
         return nn.functional.embedding(tokens, self.dense().T, layer.padding_idx)
 
     def convolve(self, x: Tensor, layer: nn.Module) -> Tensor:
-        return super().convolve(x, layer) if self.watch is None else _by_weight(self, x, layer)
+        return super().convolve(x, layer) if self.watch is None else convolved(self.dense(), x, layer)
 
     def final(self) -> Triplet:
         """The same change of the active terms alone, which grows no more."""

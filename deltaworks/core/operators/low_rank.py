@@ -88,7 +88,7 @@ class Factored(Delta):
         kernel = a.to(x.dtype).unflatten(1, layer.weight.shape[1:])  # type: ignore[union-attr]
         functional = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}[kernel.dim() - 2]
         if layer.groups != 1 or layer.padding_mode != "zeros":  # type: ignore[union-attr]
-            return _by_weight(self, x, layer)
+            return convolved(self.dense(), x, layer)
         z = functional(x, kernel, None, layer.stride, layer.padding, layer.dilation)  # type: ignore[union-attr]
         return self.scale * functional(z, b.to(x.dtype).reshape(*b.shape, *[1] * (kernel.dim() - 2)))
 
@@ -297,9 +297,9 @@ class LowRank(Factored):
         return self.scale * (self.b @ self.a - self.b0 @ self.a0)
 
 
-def _by_weight(delta: Delta, x: Tensor, layer: Any) -> Tensor:
-    kernel = delta.dense().to(x.dtype).unflatten(1, layer.weight.shape[1:])
-    return layer._conv_forward(x, kernel, None)
+def convolved(matrix: Tensor, x: Tensor, layer: Any) -> Tensor:
+    """A convolution layer's output without bias when its weight, as `out x in`, is this matrix."""
+    return layer._conv_forward(x, matrix.to(x.dtype).unflatten(1, layer.weight.shape[1:]), None)
 
 
 def branch_gradients(

@@ -20,6 +20,7 @@ from .low_rank import (
     base_product,
     branch_gradients,
     branch_input,
+    convolved,
     dropped,
     kept,
     plain,
@@ -111,28 +112,22 @@ class LowRankSparse(Factored):
         if self.additive:
             change = nn.functional.embedding(tokens, self.sparse().T, layer.padding_idx)
             return super().look_up(tokens, layer) + change
-        return nn.functional.embedding(tokens, (self._rest(layer) + super().dense()).T, layer.padding_idx)
+        return nn.functional.embedding(tokens, self._moved(layer).T, layer.padding_idx)
 
     def convolve(self, x: Tensor, layer: Any) -> Tensor:
-        def by(matrix: Tensor, x: Tensor) -> Tensor:
-            return layer._conv_forward(x, matrix.to(x.dtype).unflatten(1, layer.weight.shape[1:]), None)
-
-        y = by(self._rest(layer), x)
+        # Dropout comes before the product only; a subclass that does not just add makes its rest of the weight itself.
+        rest = self.sparse() if self.additive else self._moved(layer) - super().dense()
+        y = convolved(rest, x, layer)
         if layer.groups == 1 and layer.padding_mode == "zeros":
             return y + super().convolve(x, layer)
         # What is inherited takes `dense` for other layers, and with it S once more.
-        return y + by(super().dense(), dropped(self, x))
+        return y + convolved(super().dense(), dropped(self, x), layer)
 
-    def _rest(self, layer: nn.Module) -> Tensor:
-        """What the weight of an embedding or a convolution changes by beside the product, `out x in`.
-
-        That is S, and in a subclass that does not only add what it makes of the weight itself.
-        """
-        if self.additive:
-            return self.sparse()
+    def _moved(self, layer: nn.Module) -> Tensor:
+        """By what the weight of an embedding or a convolution changes, `out x in`."""
         weight = Weight(layer).matrix()
         weight = weight.to(torch.promote_types(weight.dtype, self.values.dtype))
-        return self.fold(weight) - weight - super().dense()
+        return self.fold(weight) - weight
 
 
 def packed(mask: Tensor) -> Tensor:

@@ -268,7 +268,7 @@ class Opened(Rule):
     sees_gradients = False
 
     def gradients(self, run: Run) -> None:
-        streams = run.tuned.state.adapters[run.tuned.name].shared["streams"]
+        streams = run.tuned.shared["streams"]
         if isinstance(streams, TaskStreams) and not streams.opened:
             raise ValueError(
                 f"{run.tuned.method.slug}: tasks={streams.tasks} train only inside streams(...); leave tasks out, or "

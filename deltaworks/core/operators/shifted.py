@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ...model.weights import Weight
-from .low_rank import Factored, linear_with_branch
+from .low_rank import Factored, convolved, linear_with_branch
 
 
 class Shifted(Factored):
@@ -59,5 +59,4 @@ class Shifted(Factored):
         return nn.functional.embedding(tokens, self.shift.T, layer.padding_idx) + super().look_up(tokens, layer)
 
     def convolve(self, x: Tensor, layer: nn.Module) -> Tensor:
-        kernel = self.dense().to(x.dtype).unflatten(1, layer.weight.shape[1:])  # type: ignore[union-attr]
-        return layer._conv_forward(x, kernel, None)  # type: ignore[operator]
+        return convolved(self.dense(), x, layer)

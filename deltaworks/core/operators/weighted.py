@@ -21,15 +21,14 @@ class Importance(Shared):
 
     Attributes:
         gamma: `batch x tokens`, or `batch x tokens x groups` for one weight a group of input features; None for none.
-        brought: whether a batch brought it, so that one without takes it away again.
-        held: whether it holds for a while, whatever batches bring.
+        held: whether it holds for a while, whatever batches bring; else the last batch brought it, or brought none.
         weighed: whether any input was weighed yet.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.gamma: Tensor | None = None
-        self.brought = self.held = self.weighed = False
+        self.held = self.weighed = False
 
     def of(self, x: Tensor) -> Tensor | None:
         """`1 + gamma` for an input, `batch x tokens x groups` in its dtype; None where there is no gamma.
@@ -117,8 +116,8 @@ class Bearer(Wrapper):
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = {name: kwargs.pop(name) for name in ("importance", "parse", "units") if name in kwargs}
         gamma = gamma_of(given.get("importance"), given.get("parse"), given.get("units"), self.variant)
-        if not self.importance.held and (gamma is not None or self.importance.brought):
-            self.importance.gamma, self.importance.brought = gamma, gamma is not None
+        if not self.importance.held:
+            self.importance.gamma = gamma
         further = getattr(getattr(call, "func", None), "__self__", None)
         if isinstance(further, Bearer):  # another adapter's, which reads the same
             kwargs |= given

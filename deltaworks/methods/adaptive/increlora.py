@@ -112,7 +112,7 @@ class Growth(GrowingRanks):
 
     def attached(self, run: Run) -> None:
         super().attached(run)
-        first = (run.steps(self.method.warmup) // self.interval(run) + 1) * self.interval(run)
+        first = self.first(run)
         if self.missing(run) > 0 and first >= run.total_steps > 0:
             raise ValueError(
                 f"increlora: layers first grow after step {first + 1}, the run has {run.total_steps}; "

@@ -86,8 +86,9 @@ class CapaBoost(WeightMethod):
         found = None
         for item in self.boosted.parts(base, shared, measured):
             weight, here = weight_at(base.model, item.site), self.at(item.site.path)
-            found = found or has_matrices(item.part, weight)
-            if has_matrices(item.part, weight):
+            boosts = has_matrices(item.part, weight)
+            found = found or boosts
+            if boosts:
                 assert isinstance(here, CapaBoost)
                 item = dataclasses.replace(item, part=here._copies(item, weight))
             yield item
@@ -95,10 +96,10 @@ class CapaBoost(WeightMethod):
             raise ValueError(f"capaboost: over={self.over!r} changes no matrix, so no rank can rise; take such as lora")
 
     def _copies(self, item: Placed, weight: Weight) -> Part:
-        inner, seed = self.boosted, zlib.crc32(f"{self.seed} {item.site.path} {item.label}".encode())
+        seed = zlib.crc32(f"{self.seed} {item.site.path} {item.label}".encode())
         masks = (self.copies, self.density, self.pattern, seed)
         try:
-            return masked_copies(item.part, weight, masks, fixed=inner.mergeable, exact=inner.exact_at_start)
+            return masked_copies(item.part, weight, masks, fixed=self.mergeable, exact=self.exact_at_start)
         except ValueError as error:
             raise ValueError(f"capaboost: over={self.over!r} at {item.site.name}: {error}") from None
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...core import fields
+from ...core.init import svd_lowrank
 from ...core.method import Batches, WeightMethod, weight_at
 from ...core.operators.low_rank import LowRank
 from ...core.registry import method
@@ -70,7 +71,7 @@ class LoRAGA(WeightMethod):
         assert isinstance(here, LoRAGA)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
-            u, _, v = torch.svd_lowrank(gradient, q=min(4 * here._rank(weight), *gradient.shape[-2:]), niter=4)
+            u, _, v = svd_lowrank(gradient, min(4 * here._rank(weight), *gradient.shape[-2:]), niter=4)
         return u, v
 
     def delta(self, weight: Weight, **given: Any) -> LowRank:
@@ -84,7 +85,7 @@ class LoRAGA(WeightMethod):
         for_a, for_b = reversed(halves) if self.direction == "A2rBr" else halves
         c = {"stable": weight.fan_out**0.25 / math.sqrt(self.gamma), "unit": 1.0, "gd": 1 / scale}.get(self.size)
         if c is None:
-            values = torch.svd_lowrank(weight.dense().cpu(), q=min(4 * rank, *weight.shape), niter=4)[1]
+            values = svd_lowrank(weight.dense(), min(4 * rank, *weight.shape), niter=4)[1]
             c = float((values[:rank] / scale).sqrt().mean())
         a, b = c * v[:, for_a].T.contiguous(), c * u[:, for_b]
         return LowRank(a, b, scale=scale, dropout=self.dropout, a0=a.clone(), b0=b.clone())

@@ -148,7 +148,7 @@ def streams(tuned: Tuned, task: str | None = None) -> AbstractContextManager[dic
     Raises:
         ValueError: for an adapter without tasks, or an unknown task.
     """
-    found = tuned.state.adapters[tuned.name].shared.get("streams")
+    found = tuned.shared.get("streams")
     if not isinstance(found, TaskStreams) or not found.tasks:
         raise ValueError(f"{tuned.method.slug} has no task streams; attach mtlora with tasks=[...]")
     if task is not None and task not in found.tasks:

@@ -50,7 +50,7 @@ class Unweighed(Rule):
     sees_gradients = False
 
     def step_end(self, run: Run) -> None:
-        found = run.tuned.state.adapters[run.tuned.name].shared["importance"]
+        found = run.tuned.shared["importance"]
         if run.step == 1 and isinstance(found, Importance) and not found.weighed:
             warnings.warn("rst_lora: the batch brought no importance of its tokens, so it trains as lora", stacklevel=2)
 
@@ -111,7 +111,7 @@ def importance(tuned: Tuned, gamma: Tensor | None) -> Iterator[None]:
     Raises:
         ValueError: when the adapter is of another method, or gamma is negative.
     """
-    shared = tuned.state.adapters[tuned.name].shared.get("importance")
+    shared = tuned.shared.get("importance")
     if not isinstance(shared, Importance):
         raise ValueError(f"{tuned.method.slug} does not weigh tokens; importance is for rst_lora")
     before = shared.gamma, shared.held

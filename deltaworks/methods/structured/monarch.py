@@ -27,9 +27,12 @@ from ...model.weights import Weight
 BLOCKS = "a whole number of at least 1, or a list of two of them, K and L"
 
 
-def _blocks(value: Any) -> bool:
-    pair = value if isinstance(value, (list, tuple)) else [value, value]
-    return len(pair) == 2 and all(type(number) is int and number >= 1 for number in pair)
+def _pair(blocks: Any) -> list[Any]:
+    return list(blocks) if isinstance(blocks, (list, tuple)) else [blocks, blocks]
+
+
+def _good(blocks: Any) -> bool:
+    return len(_pair(blocks)) == 2 and all(type(number) is int and number >= 1 for number in _pair(blocks))
 
 
 @method("monarch", paper="2204.00595", family="structured")
@@ -40,7 +43,7 @@ class Monarch(WeightMethod):
     only = (("dropout", "mode", ("delta",)), ("densify", "mode", ("project",)))
 
     mode: str = fields.choice("delta", ["delta", "project"], "M beside the weight, or in its place")
-    blocks: Any = fields.declared(4, "blocks of w1 and w2, K = L or [K, L]; at most the smaller width", BLOCKS, _blocks)
+    blocks: Any = fields.declared(4, "blocks of w1 and w2, K = L or [K, L]; at most the smaller width", BLOCKS, _good)
     rank: int | None = fields.positive(
         None, "R, of every strided block; none: 1 for delta, the official width for project", optional=True
     )
@@ -62,8 +65,8 @@ class Monarch(WeightMethod):
 
     def _sizes(self, weight: Weight) -> tuple[int, int, int, int, int]:
         """K, L, R, S, P."""
-        pair, narrow = self.blocks, min(weight.fan_in, weight.fan_out)
-        k, l = (min(number, narrow) for number in (pair if isinstance(pair, (list, tuple)) else (pair, pair)))
+        narrow = min(weight.fan_in, weight.fan_out)
+        k, l = (min(number, narrow) for number in _pair(self.blocks))
         s, p = -(-weight.fan_out // l), -(-weight.fan_in // k)
         rank = self.rank or (1 if self.mode == "delta" else -(-narrow // (k * l)))
         return k, l, min(rank, s, p), s, p

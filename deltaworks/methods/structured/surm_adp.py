@@ -19,6 +19,7 @@ from ...core.part import Shared
 from ...core.places import at_module, blocks_at, width_of
 from ...core.registry import method
 from ...model.anatomy import Anatomy
+from .surm import SURM
 
 
 @method("surm_adp", paper="2406.17740", family="structured")
@@ -27,10 +28,7 @@ class SURMAdapter(Method):
 
     mergeable = False
     default_lr = 2e-3
-    only = (
-        ("pairs", "structure", ("ldr",)), ("rank", "structure", ("kronecker",)), ("alpha", "structure", ("kronecker",)),
-        ("scale", "structure", ("circulant", "toeplitz", "ldr")),
-    )  # fmt: skip
+    only = SURM.only
 
     structure: str = fields.choice("circulant", STRUCTURES, "kind of matrix")
     activation: str = fields.choice("gelu", tuple(ACTIVATIONS), "non-linearity f; identity for the authors' linear")
