@@ -72,20 +72,24 @@ LYCORIS: dict[str, dict[str, Any]] = {
     "loha": {"network_module": "loha", "lora_dim": 8, "alpha": 8},
     "lokr": {"network_module": "lokr", "lora_dim": 8, "alpha": 8},
     "oft": {"network_module": "diag-oft", "lora_dim": 32},
+    "krona": {"network_module": "lokr", "full_matrix": True, "factor": -1},
+    "diffusekrona": {"network_module": "lokr", "full_matrix": True, "factor": 8},
 }
 # Methods that PEFT does not have and whose papers take higher ranks: measured at LoRA's. All others at their defaults,
 # without dropout.
 RANKED = ("inttune", "loldu", "mtlora", "nlora", "qlora", "qr_lora", "slora_structured", "switchlora")
 # LISA draws two blocks of a deep model; of one of two blocks that is all of it.
 LIGHT: dict[str, dict[str, Any]] = {slug: {"rank": 8} for slug in RANKED} | {"lisa": {"layers": 1}}
+# LyCORIS takes one factor for both sides of a layer; of KronA it puts the smaller sides first in both.
+LIGHT["diffusekrona"] = {"rows": 8, "columns": 8}
 UNTARGETED = ("PromptTuningConfig", "PrefixTuningConfig")
 # LoRA once more: with the loss as `deltaworks tune` computes it, without logits, and beside a PEFT whose factors are
 # stored in the base's dtype, where by default they are float32 and the activations are cast to it.
 LEAN_LOSS, LOW = "lora, loss without logits", "lora, factors in the base's dtype"
 
 
-def sides(shape: dict[str, Any], methods: list[str] | None) -> dict[str, dict[str, Any]]:
-    """Every side with what its worker needs."""
+def sides(shape: dict[str, Any], methods: list[str] | None, alone: bool = False) -> dict[str, dict[str, Any]]:
+    """Every side with what its worker needs; `alone` leaves out those of other libraries."""
     from deltaworks import methods as registry
 
     found: dict[str, dict[str, Any]] = {"frozen": shape | {"side": "frozen"}, "full": shape | {"side": "full"}}
@@ -103,11 +107,12 @@ def sides(shape: dict[str, Any], methods: list[str] | None) -> dict[str, dict[st
             targets = {} if config in UNTARGETED else {"target_modules": LINEAR}
             found[f"peft {slug}"] = shape | {"side": "peft", "config": config, "settings": targets | theirs}
         if slug in LYCORIS:
-            found[f"lycoris {slug}"] = shape | {"side": "lycoris", "settings": LYCORIS[slug], "targets": LINEAR}
+            targets = LINEAR[:4] if slug == "diffusekrona" else LINEAR
+            found[f"lycoris {slug}"] = shape | {"side": "lycoris", "settings": LYCORIS[slug], "targets": targets}
     if "ours lora" in found:
         found[f"ours {LEAN_LOSS}"] = found["ours lora"] | {"loss": "tune"}
         found[f"ours {LOW}"], found[f"peft {LOW}"] = found["ours lora"], found["peft lora"] | {"low": True}
-    return found
+    return {name: side for name, side in found.items() if not (alone and name.startswith(("peft ", "lycoris ")))}
 
 
 def rows(samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -200,6 +205,7 @@ def main() -> None:
     parser = measure.arguments("step", __doc__)
     parser.add_argument("--shape", choices=SHAPES, default="wide")
     parser.add_argument("--methods", nargs="*")
+    parser.add_argument("--alone", action="store_true", help="without PEFT's and LyCORIS's sides")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--warm", type=int, default=2, help="steps before those that are measured")
     parser.add_argument("--batch", type=int, default=16)
@@ -212,7 +218,7 @@ def main() -> None:
     names = ("steps", "warm", "batch", "tokens", "dtype", "freed")
     settings = SHAPES[options.shape] | {name: getattr(options, name) for name in names}
     settings |= {"layers": options.layers} if options.layers else {}
-    chosen = sides(settings, options.methods)
+    chosen = sides(settings, options.methods, options.alone)
     references = ("frozen", "full")
     samples = interleaved("bench.step_worker", chosen, options.repeats, options.threads, forked, references)
     found = rows(samples)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import deltaworks as dw
 from deltaworks.core.operators import decomposed, low_rank, rotation
-from deltaworks.core.operators.products import in_rows, over_rows
+from deltaworks.core.operators.products import in_rows, over_batch, over_rows
 from tests.methods.toys import attach, net, nudge, part, saved_shapes
 
 COSTLY = {
@@ -108,6 +108,16 @@ def test_products_over_rows_whatever_the_order(rows: int, dtype: torch.dtype) ->
         expected = a.double().T @ b.double()
         assert torch.allclose(over_rows(a, b).double(), expected, rtol=1e-2, atol=1e-1)
         assert over_rows(a, b).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("width", [2, 40])
+def test_products_over_a_batch_by_one_product_and_by_many(width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(600, 9, width).to(dtype), torch.randn(600, 7, width).to(dtype)
+    expected = torch.einsum("tnk,tmk->nm", a.double(), b.double())
+    assert torch.allclose(over_batch(a, b).double(), expected, rtol=1e-2, atol=0.5 if dtype == torch.bfloat16 else 1e-9)
+    assert over_batch(a, b).dtype == dtype
 
 
 def test_a_transpose_is_put_into_the_order_of_its_rows() -> None:

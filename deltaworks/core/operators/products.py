@@ -45,3 +45,15 @@ def _across(matrix: Tensor) -> Tensor:
         turned[:, low : low + len(strip)].unflatten(1, (-1, TILE)).copy_(tiles)
     turned[:, whole:].copy_(matrix[whole:].T)
     return turned
+
+
+def over_batch(a: Tensor, b: Tensor) -> Tensor:
+    """`sum_t a_t b_t^T` of `tokens x n x k` and `tokens x m x k`: `n x m`.
+
+    One product needs both with tokens beside k. On CPUs these copies cost more than small products token by token do.
+    """
+    (_, n, k), m = a.shape, b.shape[1]
+    if a.device.type == "cpu" and n * m <= (n + m) * k:
+        return (a @ b.mT).sum(0)
+    long_a, long_b = (one.transpose(0, 1).reshape(one.shape[1], -1) for one in (a, b))
+    return long_a @ long_b.T

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ...model.weights import Weight
 from .low_rank import base_product, plain
+from .products import over_batch
 from .singular import Singular
 
 
@@ -178,7 +179,7 @@ class _TurnedLinear(torch.autograd.Function):
         n, m = len(q1), len(inner)
         blocks = pulled.view(-1, n, m)
         dhalf = (q1 @ blocks).view(-1, m)
-        dq1 = _long(half.view(-1, n, m)) @ _long(blocks).T
+        dq1 = over_batch(half.view(-1, n, m), blocks)
         dinner = x.reshape(-1, m).T @ dhalf
         dx = (dhalf @ inner.T).view(x.shape) if ctx.needs_input_grad[0] else None
         return dx, None, None, dc, dq1, dinner, None
@@ -190,8 +191,3 @@ def _two_turns(x: Tensor, q1: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
     half = x.detach().reshape(-1, len(inner)) @ inner.detach()
     whole = q1.detach().T @ half.view(-1, len(q1), len(inner))
     return half, whole.view(-1, x.shape[-1])
-
-
-def _long(blocks: Tensor) -> Tensor:
-    """`tokens x n x m` as `n x tokens m`."""
-    return blocks.transpose(0, 1).reshape(blocks.shape[1], -1)
