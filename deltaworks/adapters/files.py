@@ -209,9 +209,8 @@ class Replacement:
         shutil.rmtree(aside, ignore_errors=True)
 
     def _one_by_one(self) -> None:
-        new = sorted(
-            (file for file in self.folder.iterdir() if file.name in self.own), key=lambda file: file.suffix == ".json"
-        )
+        mine = [file for file in self.folder.iterdir() if file.name in self.own or not self.own]
+        new = sorted(mine, key=lambda file: file.suffix == ".json")
         for file in new:
             shutil.copy2(file, self.target / f".{file.name}.new")
             _flush(self.target / f".{file.name}.new")

@@ -1,13 +1,14 @@
 """Deltaworks' own format: `adapter.json` says what the adapter is, `adapter.safetensors` holds its values.
 
-    {"format": 1, "library": "0.1.0", "method": "lora", "settings": {...},
+    {"format": 1, "library": "0.1.0", "method": "lora", "settings": {...}, "seed": 0,
      "base": {"class": ..., "name": ..., "fingerprint": ..., "hidden_size": ...},
      "shared": {"bank": {"kind": ..., "settings": {...}, "tensors": {"a": "F32 8x32"}}},
      "parts": [{"path": ..., "parameter": ..., "part": ..., "label": ..., "kind": "LowRank", "settings": {...},
                 "tensors": {"a": "F32 8x32", "b": "F32 48x8"}}]}
 
 A tensor is called `<path>:<label>.<tensor>`, `@<shared>.<tensor>`, or as the parameter of the base that it replaces.
-Loading makes the parts again from what stands there; the method's own initialisation does not run.
+Loading makes the parts again from what stands there; the method's own initialisation does not run, but where a part has
+a "start", the hash of tensors that were left out (`starts`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.attach import named_parts, state_of
-from ..core.part import Part, Trained
+from ..core.part import Part, Trained, in_place
 from ..model.anatomy import Anatomy, describe
 from .fingerprint import fingerprint, trained_parameter
 from .sites import find_site
@@ -38,7 +39,7 @@ def describe_adapter(model: nn.Module, name: str, library: str) -> tuple[dict[st
     base = describe(model)
     values: Values = {}
     parts = []
-    brought = [part.site for _, part in named_parts(model, name) if isinstance(part, Trained)]
+    brought = [part.site for _, part in named_parts(model, name) if in_place(part, part.site)]
     lent: set[str] = set()
     for (path, label), (_, part) in zip(adapter.places, named_parts(model, name), strict=True):
         own = {"": learned(model, part)} if isinstance(part, Trained) else part.tensors()
@@ -58,6 +59,7 @@ def describe_adapter(model: nn.Module, name: str, library: str) -> tuple[dict[st
         "settings": {
             key: _plain(f"{adapter.method.slug}: {key}", value) for key, value in adapter.method.settings().items()
         },
+        "seed": adapter.seed,
         "base": {
             "class": type(model).__name__,
             "name": base_name(model),

@@ -18,6 +18,7 @@ from ..core.method import Method, Placed
 from ..core.part import PARTS, Delta, Module, Part, Shared, Trained, Wrapper
 from ..model.anatomy import Site, describe
 from ..model.weights import Weight
+from . import starts
 from .files import CONFIG, WEIGHTS, refuse, twice
 from .native import FORMAT, Values, signature, tensor_name
 from .sites import check_fit, find_site
@@ -25,11 +26,12 @@ from .sites import check_fit, find_site
 
 @dataclass(frozen=True)
 class Plan:
-    """A verified adapter, ready to be hung into the model it was read for."""
+    """A verified adapter, ready to be hung into the model it was read for; `seed` is the one it was attached with."""
 
     method: Method
     placed: list[Placed]
     shared: dict[str, Shared]
+    seed: int | None = None
 
 
 class Reader:
@@ -51,7 +53,7 @@ class Reader:
             ValueError: for anything that is not what an adapter for this model holds.
         """
         check_head(self.file, self.config)
-        method = self.method()
+        method, seed = self.method(), self.seed()
         shared = {key: self.lent(key, item) for key, item in self.of_kind(self.config, "shared", dict).items()}
         written = self.of_kind(self.config, "parts", list)
         if not written:
@@ -61,7 +63,7 @@ class Reader:
             refuse(self.file, f"two parts are called {again[1]!r} at {again[0]!r}")
         if self.left:
             refuse(self.weights, f"holds tensors that no part has: {', '.join(sorted(self.left)[:3])}")
-        return Plan(method, placed, shared)
+        return Plan(method, placed, shared, seed)
 
     def of_kind(self, owner: Any, key: str, kind: type | tuple[type, ...]) -> Any:
         """A value of the JSON, which must be of one of these Python types."""
@@ -84,6 +86,31 @@ class Reader:
             return cls(**{name: self.restored(value, fields[name].default) for name, value in settings.items()})
         except Exception as error:  # whatever a page's own checks make of a hostile value
             refuse(self.file, error)
+
+    def seed(self) -> int | None:
+        """What the initial values were drawn with, where the file says it."""
+        seed = self.config.get("seed")
+        if seed is not None and (type(seed) is not int or not -(1 << 63) <= seed < 1 << 64):
+            refuse(self.file, f"'seed' cannot be {str(seed)[:60]!r}; it is a whole number of 64 bits, or none")
+        return seed
+
+    @functools.cached_property
+    def starts(self) -> dict[tuple[str, str], Values]:
+        """What the method starts from on this base, by module and label."""
+        return starts.again(self.model, self.method(), self.seed())
+
+    def started(self, item: dict[str, Any], tensors: Values) -> Values:
+        """The tensors of a part with the start that was left out, which must be the one the file means."""
+        mark = self.of_kind(item, "start", str)
+        if starts.start_of(tensors):
+            raise ValueError("the file holds the start that it says was left out")
+        found = starts.as_kept(self.starts.get((item["path"], item["label"]), {}), tensors)
+        if not found or starts.digest(found) != mark:
+            raise ValueError(
+                "the start that was left out is another on this base and machine; load it where it was saved, or save "
+                'it there with start="values"'
+            )
+        return tensors | found
 
     def restored(self, value: Any, default: Any) -> Any:
         """A hyper-parameter as the method declares it: module types found in the model, tuples where lists stand."""
@@ -139,6 +166,8 @@ class Reader:
         tensors = self.taken(prefix, item)
         try:
             site = self.site(find_site(self.base, path, parameter, part_name), item)
+            if "start" in item:
+                tensors = self.started(item, tensors)
             part = self.trained(tensors) if cls is Trained else remade(cls, settings, tensors, shared)
             check_fit(part, site, self.model)
         except Exception as error:

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from ..core.attach import find_state, install, tuned
-from ..core.part import Delta, Trained
+from ..core.part import Delta, Trained, in_place
 from ..core.tuned import Tuned
 from ..model.anatomy import describe
-from . import native, reading
+from . import native, reading, starts
 from .files import (
     CONFIG,
     OWN,
@@ -47,6 +47,7 @@ def save(
     *,
     name: str | None = None,
     format: Literal["deltaworks", "peft", "vllm"] = "deltaworks",
+    start: Literal["values", "recompute"] = "values",
 ) -> Path:
     """Write one adapter of a model as a folder of one JSON and one safetensors file.
 
@@ -59,17 +60,23 @@ def save(
         name: which adapter; the last one attached when there are several and none is named.
         format: "deltaworks", "peft" for HF PEFT's files, or "vllm" for the plainest of those: a LoRA of one rank that
             loses nothing (`adapters.export` takes a rank to approximate other changes with).
+        start: what becomes of the factors a method starts from and subtracts (PiSSA, OLoRA, ...), in our own format:
+            "values" holds them, so that the file needs nothing else; "recompute" leaves them out, half of the file, and
+            `load` makes them again from the seed, on the same base and the same kind of machine or not at all.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: when nothing is attached, values are not finite, or PEFT's format cannot express the adapter.
+        ValueError: when nothing is attached, values are not finite, PEFT's format cannot express the adapter, or its
+            starts cannot be made again.
         OSError: when the folder cannot be written.
     """
     handle = model if isinstance(model, Tuned) and name is None else tuned(_model(model), name)
     if format not in ("deltaworks", "peft", "vllm"):
         raise ValueError(f'there is no format {format!r}; take "deltaworks", "peft" or "vllm"')
+    if start not in ("values", "recompute") or (start == "recompute" and format != "deltaworks"):
+        raise ValueError(f'start={start!r} is not known for format={format!r}; "values" or, in our own, "recompute"')
     if format == "vllm":
         from .vllm import export
 
@@ -81,6 +88,8 @@ def save(
         names = (PEFT_CONFIG, PEFT_WEIGHTS)
     else:
         config, tensors = native.describe_adapter(handle.model, handle.name, library_version())
+        if start == "recompute":
+            starts.leave_out(handle, config, tensors)
         names = (CONFIG, WEIGHTS)
     if any(hasattr(value, "full_tensor") for value in tensors.values()):
         # Sharded: every process helps to gather, one writes.
@@ -124,6 +133,7 @@ def load(model: nn.Module, path: str | Path, *, name: str | None = None) -> Tune
     except Exception as error:  # whatever false content makes of code that expects sound one
         refuse(folder, f"cannot be read: {type(error).__name__}: {error}")
     handle = install(model, plan.method, plan.placed, plan.shared, name=name or "default")
+    handle.state.adapters[handle.name].seed = plan.seed
     if doubt:
         warnings.warn(doubt, stacklevel=2)
     return handle
@@ -215,7 +225,7 @@ def _file(folder: Path, name: str) -> Path:
 
 def _another_base(model: nn.Module, folder: Path, base: dict[str, Any], plan: reading.Plan) -> str | None:
     """A warning when the adapter was trained on other weights; an error when its activations cannot fit."""
-    here = fingerprint(model, [item.site for item in plan.placed if isinstance(item.part, Trained)])
+    here = fingerprint(model, [item.site for item in plan.placed if in_place(item.part, item.site)])
     if same(here, base["fingerprint"]):
         return None
     wide = describe(model).hidden_size

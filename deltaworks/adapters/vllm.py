@@ -40,7 +40,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "trainable_token_indices": (None,),
 }
 """Keys that must have one of these values, or be absent."""
-STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
+STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """`init_lora_weights` that leave the base as it is."""
 RECENT = ("rank_pattern", "alpha_pattern")
 """Keys that only recent versions read; older ones take one rank and one alpha for all layers."""

@@ -23,7 +23,7 @@ from .experts import PerExpert, setting
 from .graft import Switchboard, graft, graft_of, introduce, still, ungraft, vacate
 from .method import Batches, Method, Placed, weight_at
 from .operators.low_rank import LowRank
-from .part import Delta, Part, Shared, Trained
+from .part import Delta, Part, Shared, Trained, in_place
 
 if TYPE_CHECKING:
     from .tuned import Tuned
@@ -34,12 +34,16 @@ MERGED_AT_ONCE = 1 << 20
 
 @dataclass
 class Adapter:
-    """One adapter's record: method, its parts' places in order, the modules they borrow from, what `freeze` froze."""
+    """One adapter's record: method, its parts' places in order, the modules they borrow from, what `freeze` froze.
+
+    `seed` is what `attach` drew the initial values with, None where it took the global generator or is not known.
+    """
 
     method: Method
     places: list[tuple[str, str]]
     shared: dict[str, Shared] = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)
+    seed: int | None = None
 
 
 @dataclass
@@ -126,12 +130,14 @@ def attach(
             f"{method.slug} found nothing to change in {type(model).__name__} (on={getattr(method, 'on', None)!r})"
         )
     if also is not None:
-        taken = {(item.site.path, item.site.parameter) for item in placed if isinstance(item.part, Trained)}
+        taken = {(item.site.path, item.site.parameter) for item in placed if in_place(item.part, item.site)}
         for item in unfreeze(base, also):
             if (item.site.path, item.site.parameter) not in taken:
                 taken.add((item.site.path, item.site.parameter))
                 placed.append(item)
-    return install(model, method, placed, shared, name=name)
+    handle = install(model, method, placed, shared, name=name)
+    handle.state.adapters[name].seed = None if seed is None else int(seed)
+    return handle
 
 
 def unfreeze(base: Anatomy, on: object) -> Iterator[Placed]:

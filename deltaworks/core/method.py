@@ -14,6 +14,7 @@ from ..model.anatomy import Anatomy, Site
 from ..model.weights import Weight
 from . import fields
 from .experts import PerExpert
+from .init import zeros
 from .part import Delta, Part, Shared
 from .rule import Rule
 
@@ -113,6 +114,14 @@ class Method:
         """For methods that need data: what they measure before attaching, given to `parts`."""
         return None
 
+    def assumed(self, base: Anatomy) -> Any:
+        """What `measure` might give, right in its shapes only: for sizes that are wanted before there is any data.
+
+        Raises:
+            ValueError: where a method that needs data cannot say.
+        """
+        raise ValueError(f"{self.slug}: depends on the data")
+
     def shared(self, base: Anatomy) -> dict[str, Shared]:
         """Tensors that several parts borrow, by the name of the constructor argument that receives them."""
         return {}
@@ -136,6 +145,10 @@ class Method:
         """The same by a tensor's full name, `<module path>.<label>.<tensor>`: with the overrides that hold there."""
         places = name.rsplit(".", 2)
         return self.at(places[0]).group(places[-1]) if self.overrides else self.group(places[-1])
+
+    def group_at(self, name: str, kind: str) -> dict[str, float]:
+        """The same for a tensor at a site of some kind (`Site.kind`); may name an `lr` of its own, not the run's."""
+        return self.group_of(name)
 
     def made_of(self) -> list[Method]:
         """The methods that this one is made of, if it is."""
@@ -165,6 +178,10 @@ class WeightMethod(Method):
     def count(self, weight: Weight) -> int:
         """The paper's formula for the number of trained values at one `out x in` weight (shared ones left out)."""
         raise NotImplementedError
+
+    def assumed(self, base: Anatomy) -> dict[Site, Any]:
+        """Something as large as each weight, such as a gradient: what most of these methods measure."""
+        return {site: zeros(*weight_at(base.model, site).shape) for site in base.select(self.on, what="weight")}
 
     def parts(self, base: Anatomy, shared: dict[str, Shared], measured: Any) -> Iterator[Placed]:
         for site in base.select(self.on, what="weight"):

@@ -77,6 +77,19 @@ def keep(parameter: nn.Parameter, chosen: Tensor, dim: int, optimizer: Any = Non
     _changed(parameter, change, change, optimizer)
 
 
+def cut(parameter: nn.Parameter, number: int, dim: int, optimizer: Any = None) -> None:
+    """Leave the first slices of a parameter, each with its state; nothing happens to one that has no more.
+
+    Args:
+        parameter: of any shape; its object stays.
+        number: of slices that are left.
+        dim: along which they are taken.
+        optimizer: that may remember the parameter, wrapped or not.
+    """
+    if parameter.shape[dim] > number:
+        keep(parameter, torch.arange(number), dim, optimizer)
+
+
 @torch.no_grad()
 def grow(parameter: nn.Parameter, new: Tensor, dim: int, optimizer: Any = None, at: int | None = None) -> None:
     """Add slices to a parameter; the old ones keep their state, that of the new ones is zero.

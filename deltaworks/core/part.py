@@ -108,12 +108,14 @@ class Delta(Part):
         lean: there is a `side` (or `act`) that costs less than building the matrix.
 
     Attributes:
+        replaces: what is made of the weight has nothing of it.
         watch: hears in every backward pass what the change is and the loss's gradient with respect to it, some rows of
             `out x in` at a time, and how many entries there are in all; set by rules that score whole changes, on
             deltas that say they can be watched.
     """
 
     watch: Callable[[Tensor, Tensor, int], None] | None = None
+    replaces: bool = False
     additive: ClassVar[bool] = True
     lean: ClassVar[bool] = False
     mergeable: ClassVar[bool] = True
@@ -294,3 +296,8 @@ def trainable(parts: Iterable[nn.Module]) -> list[nn.Parameter]:
             if parameter.requires_grad:
                 seen.setdefault(id(parameter), parameter)
     return list(seen.values())
+
+
+def in_place(part: Part, site: Site) -> bool:
+    """Whether a part brings a whole parameter of the base with it, which then need not train, nor be the same."""
+    return isinstance(part, Trained) or (isinstance(part, Delta) and part.replaces and site.rows is None)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+
+import torch
+from torch import Tensor
 
 from ..model.anatomy import Anatomy, Block, Site, Stack
 
@@ -84,3 +88,12 @@ def norm_parameters(base: Anatomy, sites: list[Site]) -> list[Site]:
         for parameter in ("weight", "bias")
         if base.model.get_submodule(site.path)._parameters.get(parameter) is not None
     ]
+
+
+def evenly(sizes: Sequence[int], wanted: int) -> list[Tensor]:
+    """Indices within each of some parts, ascending: so many of all their entries, evenly spread over them."""
+    total = sum(sizes)
+    number = min(wanted, total)
+    chosen = torch.zeros(total, dtype=torch.bool)
+    chosen[torch.arange(number) * total // number] = True
+    return [part.nonzero().flatten() for part in chosen.split(list(sizes))]

@@ -1,8 +1,15 @@
-"""Budgets that change over a run."""
+"""Budgets that change over a run, and runs that begin anew several times."""
 
 from __future__ import annotations
 
-from .rule import Run
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from .moments import restart
+from .rule import Rule, Run
 
 
 def window(run: Run, **times: float) -> tuple[int, int]:
@@ -27,3 +34,57 @@ def window(run: Run, **times: float) -> tuple[int, int]:
 def cubic(step: int, first: int, last: int) -> float:
     """What is left of a budget at a step: all until `first`, `(1 - t)^3` in the window, nothing after `last`."""
     return 1.0 if step <= first else 0.0 if step > last else (1 - (step - first) / (last - first)) ** 3
+
+
+def rise(done: int, warmup: int) -> float:
+    """The share of its learning rate at which a warm-up makes its next step; whole after `warmup` steps."""
+    return min(1.0, (done + 1) / (warmup + 1))
+
+
+class Links(Rule):
+    """Base of rules that train one link after the other.
+
+    At the end of a link a page puts aside what it learnt, as a constant. The next one begins with an optimizer that
+    remembers nothing of it, and at a learning rate of its own, of which the run's schedule does not know.
+
+    Attributes:
+        tied: number of finished links.
+    """
+
+    memory: ClassVar[tuple[str, ...]] = ("tied",)
+
+    def __init__(self) -> None:
+        self.tied = 0
+        self._rates: list[float] | None = None
+
+    def ends(self, run: Run) -> list[int]:
+        """The steps after which links are complete, rising; the last link is as long as the run."""
+        raise NotImplementedError
+
+    def rate(self, group: dict[str, Any], done: int, length: int) -> float:
+        """A group's learning rate in the next step of a link, of whose `length` steps some are `done`."""
+        raise NotImplementedError
+
+    def tie(self, run: Run) -> Iterator[nn.Parameter]:
+        """Put aside what the link learnt and begin the next; gives the parameters that do."""
+        raise NotImplementedError
+
+    def gradients(self, run: Run) -> None:
+        if run.optimizer is not None:
+            begin, end = [0, *self.ends(run), run.total_steps][self.tied : self.tied + 2]
+            self._rates = [group["lr"] for group in run.optimizer.param_groups]
+            for group in run.optimizer.param_groups:
+                group["lr"] = self.rate(group, run.step - begin, end - begin)
+
+    def step_end(self, run: Run) -> None:
+        if self._rates is not None and run.optimizer is not None:
+            for group, rate in zip(run.optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate
+            self._rates = None
+        ends = self.ends(run)
+        if self.tied < len(ends) and run.step in ends:
+            with torch.no_grad():
+                for parameter in self.tie(run):
+                    restart(parameter, run.optimizer)
+            self.tied += 1
+            run.record(f"{run.tuned.method.slug}.knots", self.tied)

@@ -201,14 +201,16 @@ class Tuned:
         groups: dict[tuple, dict[str, Any]] = {}
         places = (part.site for _, part in self.named_parts() if isinstance(part, Trained))
         in_place = {_join(site.path, site.parameter or "weight") for site in places}
+        kinds = {f"{name}.{inner}": part.site.kind for name, part in self.named_parts()
+                 for inner, _ in part.named_parameters()}  # fmt: skip
         for name, parameter in self.named_parameters():
-            own = {} if name in in_place else self.method.group_of(name)
+            own = {} if name in in_place else self.method.group_at(name, kinds[name])
             key = tuple(sorted(own.items()))
             group = groups.setdefault(
                 key,
                 {
                     "params": [],
-                    "lr": lr * own.get("lr_scale", 1.0),
+                    "lr": own.get("lr", lr * own.get("lr_scale", 1.0)),
                     "weight_decay": own.get("weight_decay", weight_decay),
                     "names": [],
                 },

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 aten, prims = torch.ops.aten, torch.ops.prim
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits")
-LARGE = 1 << 26  # elements
+LARGE, MANY = 1 << 26, 1 << 22  # elements
 # What makes indices of no tensor at all; everything else that is made so and is floating point becomes a shape.
 COUNTING = (aten.randint, aten.arange, aten.randperm, aten.scalar_tensor)
 # Operators whose kernels make something of their input's size on the way.
@@ -229,6 +229,8 @@ class Shapes(TorchDispatchMode):
                 bare = func(*args, **kwargs)
             place = next(tensor.fake_device for tensor in tensors if isinstance(tensor, FakeTensor))
             return tree_map_only(Tensor, lambda view: FakeTensor(self.fake, view, place), bare)
+        if func._overloadpacket is aten.index:
+            args = (args[0], _everywhere(args[1]))
         if func._overloadpacket is aten.topk:
             return self._chosen(func, args, kwargs)
         if func._overloadpacket is aten._grouped_mm and args[0].dtype != torch.bfloat16:
@@ -282,8 +284,25 @@ class Shapes(TorchDispatchMode):
         whole = list(indices.shape)
         count = whole[axis]
         whole[axis] = args[0].shape[axis]
-        drawn = torch.rand(whole, generator=torch.Generator().manual_seed(0)).argsort(axis).narrow(axis, 0, count)
+        generator = torch.Generator().manual_seed(0)
+        if math.prod(whole) > MANY:  # too many to sort: one of each of as many stretches
+            edges = torch.arange(count + 1) * whole[axis] // max(count, 1)
+            chance = torch.rand(indices.shape, generator=generator, dtype=torch.float64).movedim(axis, -1)
+            drawn = (edges[:-1] + (chance * edges.diff()).long()).movedim(-1, axis)
+        else:
+            drawn = torch.rand(whole, generator=generator).argsort(axis).narrow(axis, 0, count)
         return values, drawn.contiguous().to(values.fake_device)
+
+
+def _everywhere(indices: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """Indices in which a mask without values, whose choice is not known, chooses all there is."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        if isinstance(index, FakeTensor) and index.dtype == torch.bool:
+            found += torch.ones(index.shape, dtype=torch.bool).nonzero().unbind(1)
+        else:
+            found.append(index)
+    return found
 
 
 def _drawn(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -289,3 +289,10 @@ def test_wrong_calls_say_what_is_wrong(tmp_path: Path) -> None:
     dw.merge(model)
     with pytest.raises(ValueError, match="merged"):
         dw.load(model, tmp_path / "out", name="second")
+
+
+def test_into_an_empty_folder_that_somebody_stands_in_everything_is_written(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with files.Replacement(tmp_path, ()) as folder:
+        (folder / "model.safetensors").write_text("weights")
+    assert (tmp_path / "model.safetensors").read_text() == "weights"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import deltaworks as dw
 from deltaworks.core.costs import size_on
 from deltaworks.core.method import Method
 from deltaworks.core.operators.boosted import form_of
+from deltaworks.core.operators.masks import masks_of as masks_of_tensor
 from deltaworks.core.operators.tensor_train import TrainLowRank
 from deltaworks.core.part import Delta, Part
 from tests.families import FAMILIES
@@ -352,13 +354,78 @@ def test_the_gradient_of_a_shared_entry_is_the_sum_over_the_copies() -> None:
     assert torch.allclose(boosted.down_bias.grad, bias.grad) and torch.allclose(boosted.up_bias.grad, up_bias.grad)
 
 
-@pytest.mark.parametrize(
-    "over", ["prefix_tuning", "prompt_tuning", "full", "lst", "ia3", "mov", "bitfit", "rst_lora", "lisa"]
-)
+@pytest.mark.parametrize("over", ["prompt_tuning", "full", "lst", "ia3", "mov", "bitfit", "rst_lora", "lisa"])
 def test_what_copies_cannot_be_added_up_of_is_refused_in_one_line(over: str) -> None:
     with pytest.raises(ValueError, match=f"capaboost: over='{over}' ") as refusal:
         dw.attach(FAMILIES["gpt2"]()[0], dw.CapaBoost(over=over))
     assert "\n" not in str(refusal.value)
+
+
+PREFIX = {"length": 3, "hidden": 16}
+
+
+def test_a_prefix_without_an_mlp_is_refused() -> None:
+    with pytest.raises(ValueError, match="capaboost: over='prefix_tuning' at .* copies of PrefixKV do not add up"):
+        dw.attach(FAMILIES["gpt2"]()[0], dw.CapaBoost(over="prefix_tuning", inner={"hidden": None}))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bart"])
+def test_every_linear_map_of_a_prefix_mlp_is_the_sum_of_masked_copies(family: str) -> None:
+    _, _, tuned = adapted(family, dw.CapaBoost(over="prefix_tuning", inner=PREFIX, copies=3, density=0.4))
+    _, _, plain = adapted(family, dw.PrefixTuning(**PREFIX))
+    assert tuned.summary().trainable == plain.summary().trainable
+    drawn = []
+
+    def copied(owner: Any, name: str, x: Tensor) -> Tensor:
+        linear = owner.get_submodule(name)
+        masks = masks_of_tensor(f"{name}.weight", linear.weight.shape, (3, 0.4, "equal", owner.seed))
+        drawn.append(masks)
+        assert all(int(mask.sum()) == int(0.4 * mask.numel()) for mask in masks)
+        return sum((F.linear(x, linear.weight * mask) for mask in masks), linear.bias)
+
+    parts = list(tuned.parts())
+    for one in parts:
+        inner = torch.tanh(copied(one.encoder, f"down.{one.kind}", one.encoder.embedding[one.kind]))
+        expected = copied(one, "up", inner).view(3, 2, one.heads, one.size).permute(1, 2, 0, 3)
+        assert torch.allclose(torch.stack(one.table()), expected, atol=1e-5)
+    assert len(parts) > 1
+    for first, second in ((drawn[0][0], drawn[0][1]), (drawn[1], drawn[3])):  # of copies, and of layers
+        assert not torch.equal(first, second)
+
+
+def test_a_prefix_mlp_under_masks_that_keep_all_is_prefix_tuning() -> None:
+    boosted, batch, _ = adapted("llama", dw.CapaBoost(over="prefix_tuning", inner=PREFIX, copies=1, density=1.0))
+    plain, _, _ = adapted("llama", dw.PrefixTuning(**PREFIX))
+    assert torch.equal(boosted(**batch).logits, plain(**batch).logits)
+
+
+def test_weights_of_a_prefix_mlp_that_no_mask_keeps_have_no_gradient() -> None:
+    model, batch, tuned = adapted("gpt2", dw.CapaBoost(over="prefix_tuning", inner=PREFIX, density=0.3))
+    model(**batch).logits.square().sum().backward()
+    one = next(tuned.parts())
+    for linear in (one.up, one.encoder.down[0]):
+        hidden = linear.times == 0
+        assert hidden.any() and (linear.weight.grad[hidden] == 0).all() and linear.weight.grad[~hidden].any()
+
+
+@pytest.mark.parametrize("form", ["deltaworks", "peft"])
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_boosted_prefix_is_stored_without_masks_and_as_a_table(form: str, finished: bool, tmp_path) -> None:
+    inner = {**PREFIX, "positions": "shifted"}
+    model, batch, tuned = adapted("llama", dw.CapaBoost(over="prefix_tuning", inner=inner))
+    expected = model(**batch).logits
+    if finished:
+        tuned.run(1).emit("finished")
+        assert all(name.endswith((".key", ".value")) for name in tuned.tensors())
+    assert not any("times" in name or "mask" in name for name in tuned.tensors())
+    dw.save(model, tmp_path / "adapter", format=form)
+    fresh, _ = FAMILIES["llama"]()
+    dw.load(fresh, tmp_path / "adapter")
+    assert torch.allclose(fresh(**batch).logits, expected, atol=1e-6)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(**batch).logits, model(**batch).logits)
+    if form == "deltaworks" and not finished:
+        assert torch.equal(next(dw.tuned(fresh).parts()).up.times, next(tuned.parts()).up.times)
 
 
 def test_tensors_of_submodules_are_masked_under_their_names() -> None:

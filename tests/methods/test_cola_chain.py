@@ -57,6 +57,43 @@ def test_without_restart_the_runs_schedule_goes_on() -> None:
     assert rates == [0.05] * 6
 
 
+def test_knots_may_be_given_and_the_rate_rises_in_every_link() -> None:
+    knots, rates = [], []
+
+    def look(step, after, optimizer, tuned, before) -> None:
+        assert torch.allclose(after, before[0], atol=1e-12)
+        rates.append(before[1])
+        if not optimizer.state:
+            knots.append(step)
+
+    train(3, 9, look, knots=[2, 7], warmup=0.5)
+    assert knots == [2, 7]
+    assert torch.allclose(torch.tensor(rates), 0.05 * torch.tensor([1 / 2, 1, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3, 1 / 2, 1]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "wrong"),
+    [
+        ({"knots": [5, 5], "links": 3}, r"knots=\[5, 5\] .* each above the one before"),
+        ({"knots": [0]}, "of at least 1"),
+        ({"knots": [3, 6]}, r"knots=\[3, 6\] are 2; 2 links have 1 knots"),
+        ({"knots": [3], "ranks": [4, 2, 1]}, "are 1; 3 links have 2 knots"),
+        ({"warmup": 1.0}, "warmup=1.0 .* below 1"),
+        ({"warmup": 0.1, "restart": False}, "warmup=0.1 is for restart=True"),
+        ({"knots": [3], "overrides": {"first": {"knots": [2]}}}, "knots is the same at all places"),
+    ],
+)
+def test_wrong_knots_and_warm_ups_are_refused(settings: dict, wrong: str) -> None:
+    with pytest.raises(ValueError, match=f"^cola_chain: .*{wrong}"):
+        dw.ColaChain(**settings)
+
+
+def test_knots_lie_within_the_run() -> None:
+    train(2, 4, knots=[3])
+    with pytest.raises(ValueError, match=r"cola_chain: knots=\[3\]; all must be below the run's 3 steps"):
+        train(2, 3, knots=[3])
+
+
 def test_the_rank_of_the_change_grows_with_the_links() -> None:
     _, _, one = train(1, 12)
     _, _, three = train(3, 12)
@@ -92,10 +129,14 @@ def test_falling_ranks_save_state_and_add_up() -> None:
             dw.ColaChain(ranks=ranks)
 
 
-def test_falling_ranks_survive_a_file_and_a_resume(tmp_path) -> None:
+@pytest.mark.parametrize("stop", range(1, 6))
+@pytest.mark.parametrize(
+    "settings", [{"restart": False}, {"knots": [4], "warmup": 0.5}], ids=["falling_ranks", "given_knots"]
+)
+def test_chains_survive_a_file_and_a_resume(settings: dict, stop: int, tmp_path) -> None:
     def begin():
         model, x = net(12, 8, 6)
-        tuned = attach(model, dw.ColaChain, ranks=[4, 2], restart=False)
+        tuned = attach(model, dw.ColaChain, ranks=[4, 2], **settings)
         optimizer = torch.optim.AdamW(tuned.parameter_groups(0.05))
         rules = tuned.run(6, optimizer=optimizer)
         return model, x, tuned, optimizer, rules
@@ -110,9 +151,9 @@ def test_falling_ranks_survive_a_file_and_a_resume(tmp_path) -> None:
 
     model, x, tuned, optimizer, rules = begin()
     rules.emit("attached")
-    go(model, x, optimizer, rules, 4)
+    go(model, x, optimizer, rules, stop)
     kept = copy.deepcopy((tuned.tensors(), optimizer.state_dict(), rules.state_dict()))
-    go(model, x, optimizer, rules, 2)
+    go(model, x, optimizer, rules, 6 - stop)
     dw.save(model, tmp_path)
     fresh, _ = net(12, 8, 6)
     dw.load(fresh, tmp_path)
@@ -124,7 +165,7 @@ def test_falling_ranks_survive_a_file_and_a_resume(tmp_path) -> None:
         for name, value in kept[0].items():
             own[name].copy_(value)
     optimizer.load_state_dict(kept[1])
-    go(again, x, optimizer, rules, 2)
+    go(again, x, optimizer, rules, 6 - stop)
     assert torch.equal(again(x), model(x))
 
 

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import math
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 
 import deltaworks as dw
 from deltaworks.core.operators.offset import Offset
-from deltaworks.core.operators.tensor_train import OFFICIAL, TrainBottleneck, axes, contracted, cores, size
+from deltaworks.core.operators.tensor_train import (
+    OFFICIAL,
+    TrainBottleneck,
+    TrainLowRank,
+    TrainWeight,
+    axes,
+    contracted,
+    cores,
+    size,
+)
 from deltaworks.model.anatomy import describe
 from deltaworks.model.weights import Weight
 from tests.families import FAMILIES
@@ -131,3 +143,64 @@ def test_the_authors_start_perturbs() -> None:
     base = model(**batch).logits
     dw.attach(model, dw.LoRETTAAdp(start="random"), seed=0)
     assert not torch.allclose(model(**batch).logits, base, atol=1e-3)
+
+
+def headed(kind: str = "Roberta", **settings) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """A classifier whose new head has a dense layer, and a batch."""
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_labels": 3}
+    config = getattr(hf, f"{kind}Config")(**shape, num_attention_heads=4, pad_token_id=0, **settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(hf, f"{kind}ForSequenceClassification")(config).eval()
+    return model, {"input_ids": torch.arange(5, 23).view(2, 9), "labels": torch.tensor([0, 2])}
+
+
+@pytest.mark.parametrize("method", [dw.LoRETTAAdp, dw.LoRETTARep])
+def test_a_train_is_the_weight_of_a_new_heads_dense_layer(method, tmp_path: Path) -> None:
+    model, batch = headed()
+    tuned = dw.attach(model, method(head=True, train_rank=3), also=r"classifier\.out_proj", seed=0)
+    [train] = [found for found in tuned.parts() if isinstance(found, TrainWeight)]
+    assert sum(p.numel() for p in train.parameters()) == size(axes(32, 32), 3) < 32 * 32
+    nudge(tuned)
+    dense, h = model.classifier.dense, torch.randn(3, 32)
+    wanted = h @ contracted(list(train.cores), 32) + dense.bias
+    assert torch.allclose(dense(h), wanted, atol=1e-6)
+    model(**batch).loss.backward()
+    assert all(core.grad.abs().sum() > 0 for core in train.cores)
+    expected = model(**batch).logits
+    dw.save(model, tmp_path / "adapter")
+    fresh, _ = headed()
+    fresh.classifier.dense.weight.data.normal_()  # what was there before does not count
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dw.load(fresh, tmp_path / "adapter")
+    assert torch.equal(fresh(**batch).logits, expected)
+    if method.mergeable:
+        dw.merge(model)
+        assert torch.allclose(dense.weight, contracted(list(train.cores), 32).T)
+        assert torch.allclose(model(**batch).logits, expected, atol=1e-6)
+
+
+def test_what_it_replaces_does_not_train_beside_it() -> None:
+    model, _ = headed()
+    tuned = dw.attach(model, dw.LoRETTAAdp(head=True), also="classifier", seed=0)
+    trained = {name for name, _ in tuned.named_parts() if name.startswith("classifier")}
+    assert "classifier.dense.trained_weight" not in trained
+    assert {"classifier.dense.head", "classifier.dense.trained_bias", "classifier.out_proj.trained_weight"} <= trained
+
+
+def test_it_takes_the_place_of_whatever_else_was_to_act_there() -> None:
+    model, _ = headed("DebertaV2", pooler_hidden_size=32)
+    method = dw.LoRETTARep(on=torch.nn.Linear, head=True, overrides={"pooler.dense": {"train_rank": 2}})
+    tuned = dw.attach(model, method)
+    at = {name: found for name, found in tuned.named_parts() if name.startswith(("pooler", "classifier"))}
+    assert {name: type(found) for name, found in at.items()} == {
+        "pooler.dense.head": TrainWeight, "classifier.weight": TrainLowRank,
+    }  # fmt: skip
+    assert at["pooler.dense.head"].train_rank == 2
+
+
+def test_a_head_without_a_dense_layer_is_refused() -> None:
+    for model in (headed("Bert")[0], FAMILIES["llama"]()[0]):
+        with pytest.raises(ValueError, match="loretta_adp: .* no new head"):
+            dw.attach(model, dw.LoRETTAAdp(head=True))

@@ -57,7 +57,7 @@ def test_factors_start_as_slices_of_the_weight() -> None:
 def test_the_start_can_be_subtracted(nystrom: str) -> None:
     model, x = net()
     base = model(x)
-    tuned = attach(model, dw.NLoRA, rank=3, nystrom=nystrom, subtract_start=True)
+    tuned = attach(model, dw.NLoRA, rank=3, nystrom=nystrom, subtract_init=True)
     assert torch.allclose(model(x), base)
     nudge(tuned)
     assert torch.linalg.matrix_rank(part(tuned).dense()) <= 6

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import deltaworks as dw
-from tests.methods.toys import attach, net, nudge, part, saved_shapes, steps
+from deltaworks.core.method import weight_at
+from tests.families import FAMILIES
+from tests.methods.toys import assert_stored_and_merged, attach, net, nudge, part, saved_shapes, steps
 
 
 def test_it_starts_unchanged_and_every_entry_has_a_gradient() -> None:
@@ -73,3 +76,66 @@ def test_training_keeps_the_input_and_no_matrix_of_the_layer() -> None:
     assert [shape for shape in saved_shapes(lambda: model.first(x)) if shape[0] in (10, 5) or len(shape) > 2] == [
         (2, 5, 24)
     ]
+
+
+def test_in_full_both_factors_train_from_the_principal_part_which_is_subtracted() -> None:
+    model, x = net(12, 8, 6)
+    base, (u, s, vh) = model(x), torch.linalg.svd(model.first.weight.detach())
+    tuned = attach(model, dw.QRLoRA, train="full", rank=3, alpha=1.5)
+    delta = part(tuned)
+    assert torch.allclose(model(x), base) and delta.dense().abs().max() == 0
+    assert torch.allclose(0.5 * delta.b @ delta.a, u[:, :3] @ (s[:3, None] * vh[:3]))
+    assert torch.allclose(delta.b.T @ delta.b, torch.eye(3, dtype=torch.float64))
+    assert delta.a.tril(-1).abs().max() == 0 and (delta.a.diagonal() > 0).all()
+    start = delta.a.clone(), delta.b.clone()
+    model(x).square().sum().backward()
+    assert (delta.a.grad != 0).all() and (delta.b.grad != 0).all()
+    nudge(tuned)
+    residual = model.first.weight - 0.5 * start[1] @ start[0]
+    expected = x @ (residual + 0.5 * delta.b @ delta.a).T + model.first.bias
+    assert torch.allclose(model.first(x), expected)
+
+
+def test_a_random_start_is_small_and_trapezoidal_and_openly_changes_the_output() -> None:
+    model, x = net(200, 150, 6)
+    base = model(x)
+    tuned = attach(model, dw.QRLoRA, start="random")
+    assert not torch.allclose(model(x), base) and not tuned.method.exact_at_start
+    r, _ = part(tuned).factors()
+    assert r.tril(-1).abs().max() == 0 and 0.0095 < part(tuned).r.std() < 0.0105 and part(tuned).r.mean().abs() < 5e-4
+    other = attach(net(200, 150, 6)[0], dw.QRLoRA, seed=1, start="random")
+    assert torch.equal(part(other).q, part(tuned).q) and not torch.equal(part(other).r, part(tuned).r)
+    assert dw.QRLoRA().exact_at_start and dw.QRLoRA(train="full").exact_at_start
+    assert not dw.QRLoRA(overrides={"first": {"start": "random"}}).exact_at_start
+
+
+def test_what_trains_in_full_has_no_start_of_its_own() -> None:
+    with pytest.raises(ValueError, match="qr_lora: start=random is for train='delta', not full"):
+        dw.QRLoRA(train="full", start="random")
+
+
+@pytest.mark.parametrize("settings", [{"train": "full"}, {"start": "random"}])
+def test_every_mode_is_counted_stored_and_merged(settings: dict, tmp_path) -> None:
+    model, x = net(12, 8, 6)
+    tuned = attach(model, dw.QRLoRA, rank=7, alpha=3.0, **settings)
+    for delta in tuned.parts():
+        trained = sum(p.numel() for p in delta.parameters() if p.requires_grad)
+        assert trained == tuned.method.count(weight_at(model, delta.site))
+    nudge(tuned)
+    assert_stored_and_merged(model, net(12, 8, 6)[0], x, tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{"train": "full"}, {"start": "random"}])
+def test_stacked_experts_are_decomposed_one_by_one(settings: dict, tmp_path) -> None:
+    model, batch = FAMILIES["mixtral"]()
+    base = model(**batch).logits
+    tuned = dw.attach(model, dw.QRLoRA(rank=4, **settings), seed=0)
+    assert torch.allclose(model(**batch).logits, base, atol=1e-5) == tuned.method.exact_at_start
+    nudge(tuned)
+    expected = model(**batch).logits
+    dw.save(model, tmp_path / "adapter")
+    twin, _ = FAMILIES["mixtral"]()
+    dw.load(twin, tmp_path / "adapter")
+    assert torch.equal(twin(**batch).logits, expected)
+    dw.merge(model)
+    assert torch.allclose(model(**batch).logits, expected, atol=1e-5)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 import deltaworks as dw
 from deltaworks.statistics import second_moments
+from tests.adapters.adapted import assert_agree, move, refused
 from tests.families import FAMILIES
+from tests.parity.moved import in_double, move_exactly
 
 peft = pytest.importorskip("peft")
 WHERE = ["down_proj", "q_proj"]
@@ -66,14 +68,62 @@ def test_lora_ga_takes_the_same_singular_vectors() -> None:
             assert cosines.min() > 0.99
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_an_eva_file_with_its_ranks_is_read(tmp_path) -> None:
+    model, batches = data()
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=WHERE, init_lora_weights="eva",
+        eva_config=peft.EvaConfig(rho=2.0, use_label_mask=False),
+    )  # fmt: skip
+    theirs = peft.get_peft_model(model, config)
+    peft.initialize_lora_eva_weights(theirs, batches, show_progress_bar=False)
+    move([value for value in theirs.double().eval().parameters() if value.requires_grad])
+    theirs.save_pretrained(tmp_path)
+    ours = data()[0].double()
+    base = ours(**batches[0]).logits
+    tuned = dw.load(ours, tmp_path)
+    ranks = [part.rank for part in tuned.parts()]
+    assert sum(ranks) == 3 * 4 and len(set(ranks)) > 1, "the ranks went where the variance is"
+    assert_agree(ours(**batches[0]).logits, theirs(**batches[0]).logits, base, tolerance=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_lora_ga_file_is_read_once_it_is_converted(tmp_path) -> None:
+    model, batches = data()
+    config = peft.LoraConfig(
+        r=2, lora_alpha=5, target_modules=WHERE, init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig()
+    )
+    peft.tuners.lora.preprocess_loraga(model, config, lambda: model(**batches[0]).loss.backward())
+    theirs = peft.get_peft_model(model, config).double().eval()
+    move_exactly(theirs, data()[0].double())
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(tmp_path / "start")
+    theirs.peft_config["default"].init_lora_weights = "lora_ga"
+    move([value for value in theirs.parameters() if value.requires_grad])
+    theirs.save_pretrained(tmp_path / "as it is")
+    message = refused(data()[0], tmp_path / "as it is")
+    assert "start from data" in message and "path_initial_model_for_weight_conversion" in message
+    with in_double():
+        theirs.save_pretrained(
+            tmp_path / "made plain", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+        )
+    ours = data()[0].double()
+    base = ours(**batches[0]).logits
+    assert {part.rank for part in dw.load(ours, tmp_path / "made plain").parts()} == {4}
+    assert_agree(ours(**batches[0]).logits, theirs(**batches[0]).logits, base, tolerance=1e-12)
+
+
 @pytest.mark.parametrize("method", [dw.EVA, dw.LoRAGA, dw.ColaChain])
 def test_their_peft_reads_our_files(method: type, tmp_path) -> None:
     model, batches = data()
-    tuned = dw.attach(model, method(on=["attention.query", "mlp.down"], rank=3), data=batches, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in tuned.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-    dw.save(model, tmp_path / "adapter", format="peft")
-    theirs = peft.PeftModel.from_pretrained(data()[0], tmp_path / "adapter").eval()
-    assert torch.allclose(theirs(**batches[0]).logits, model(**batches[0]).logits, atol=1e-4)
+    tuned = dw.attach(model.double(), method(on=["attention.query", "mlp.down"], rank=3), data=batches, seed=0)
+    move(tuned.parameters())
+    dw.save(model, tmp_path, format="peft")
+    twin = data()[0].double()
+    base = twin(**batches[0]).logits
+    with in_double():
+        theirs = peft.PeftModel.from_pretrained(twin, str(tmp_path)).eval()
+    assert_agree(theirs(**batches[0]).logits, model(**batches[0]).logits, base, tolerance=1e-12)
+    if method is dw.LoRAGA:  # alpha / sqrt(r), and twice the rank
+        config = theirs.peft_config["default"]
+        assert (config.r, config.lora_alpha, config.use_rslora) == (6, pytest.approx(2 * 3**0.5 * 16), False)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
 import deltaworks as dw
 from deltaworks.core.operators.scaled import RandomPair
+from deltaworks.model.weights import Weight
+from tests.adapters.adapted import assert_agree, family, logits, move, refused
 from tests.methods.toys import net
+from tests.parity.moved import double_twin, in_double
 from tests.parity.twins import assert_equal, close, layer, twins
 
 peft = pytest.importorskip("peft")
@@ -120,6 +125,95 @@ def test_pissa(alpha: float) -> None:
                 value.add_(torch.randn_like(value), alpha=0.2)
                 part.get_parameter(own).copy_(value)
     assert_equal(ours, tuned, theirs, factors)
+
+
+MOVED = {
+    "pissa": ("llama", {"target_modules": ["q_proj", "down_proj"], "lora_alpha": 3}),
+    "pissa with patterns": (
+        "llama",
+        {"target_modules": ["q_proj", "k_proj"], "rank_pattern": {"k_proj": 2}, "alpha_pattern": {"q_proj": 7},
+         "use_rslora": True},
+    ),
+    "pissa of Conv1D": ("gpt2", {"target_modules": ["c_attn"]}),
+    "olora": ("llama", {"target_modules": ["q_proj", "down_proj"], "lora_alpha": 3}),
+    "olora with rslora": ("t5", {"target_modules": ["q", "wi_0"], "use_rslora": True}),
+    "OLoRA of Conv1D": ("gpt2", {"target_modules": ["attn.c_proj"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MOVED)
+@pytest.mark.filterwarnings("ignore")
+def test_a_file_whose_start_can_be_made_again_is_read_as_theirs_to_the_last_digit(case: str, tmp_path) -> None:
+    """Their base, once moved in float32, is moved by the same factors in float64, where all is compared."""
+    name, settings = MOVED[case]
+    config = peft.LoraConfig(r=4, init_lora_weights=case.split()[0], **settings)
+    theirs, wanted = double_twin(name, config)
+    theirs.save_pretrained(tmp_path)
+    ours, batch = family(name, torch.float64)
+    base = logits(ours, batch)
+    tuned = dw.load(ours, tmp_path)
+    assert tuned.method.slug == case.split()[0].lower()
+    assert_agree(logits(ours, batch), wanted, base, tolerance=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_random_start_is_read_as_the_plain_lora_that_peft_converts_it_to(tmp_path) -> None:
+    """As their guide has it: the start is saved first, and both become one file of twice the rank."""
+    config = peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj"], init_lora_weights="pissa_niter_4")
+    theirs, wanted = double_twin("llama", config, start=tmp_path / "start")
+    theirs.save_pretrained(tmp_path / "as it is")
+    message = refused(family("llama", torch.float64)[0], tmp_path / "as it is")
+    assert "'pissa_niter_4'" in message and "random draws" in message and "path_initial_model_for" in message
+    with in_double():
+        theirs.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    ours, batch = family("llama", torch.float64)
+    base = logits(ours, batch)
+    tuned = dw.load(ours, tmp_path / "converted")
+    assert tuned.method.slug == "lora" and {part.rank for part in tuned.parts()} == {6}
+    assert_agree(logits(ours, batch), wanted, base, tolerance=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"init_lora_weights": "corda"}, "a start from data"),
+        ({"init_lora_weights": "loftq"}, "the base it was trained on"),
+        ({"init_lora_weights": "tomorrow"}, "'tomorrow' is not known"),
+        ({"init_lora_weights": "pissa", "target_parameters": ["k_proj.weight"]}, "'pissa' with target_parameters"),
+        ({"init_lora_weights": "olora"}, "which is quantised; load the base unquantised"),
+    ],
+)
+def test_a_start_that_cannot_be_made_again_is_refused(change, reason: str, tmp_path, monkeypatch) -> None:
+    peft.get_peft_model(family("llama")[0], peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    if change == {"init_lora_weights": "olora"}:
+        monkeypatch.setattr(Weight, "quantised", True)
+    assert reason in refused(family("llama")[0], tmp_path)
+
+
+STARTED = {
+    "pissa": (dw.PiSSA(rank=3, alpha=5.0), 10),
+    "pissa with other ranks": (dw.PiSSA(rank=3, overrides={"q_proj": {"rank": 2}}), 6),
+    "olora": (dw.OLoRA(rank=3, alpha=5.0), 10),
+    "nlora": (dw.NLoRA(rank=3, alpha=5.0, subtract_init=True), 10),
+    "nlora with the inverse": (dw.NLoRA(rank=3, subtract_init=True, nystrom="pinv"), 6),
+}
+
+
+@pytest.mark.parametrize("case", STARTED)
+def test_a_subtracted_start_is_written_as_a_plain_lora_of_twice_the_rank(case: str, tmp_path) -> None:
+    method, alpha = STARTED[case]
+    model, batch = family("llama", torch.float64)
+    base = logits(model, batch)
+    move(dw.attach(model, method, seed=0).parameters())
+    dw.save(model, tmp_path, format="peft")
+    config = peft.LoraConfig.from_pretrained(tmp_path)
+    assert (config.r, config.lora_alpha, config.init_lora_weights, config.use_rslora) == (6, alpha, True, False)
+    twin, _ = family("llama", torch.float64)
+    with in_double():
+        theirs = peft.PeftModel.from_pretrained(twin, str(tmp_path))
+    assert_agree(logits(theirs, batch), logits(model, batch), base, tolerance=1e-12)
 
 
 def test_vera() -> None:

@@ -13,12 +13,13 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 import deltaworks as dw
-from deltaworks.core.registry import make
+from deltaworks.core.registry import make, methods
 from deltaworks.model.loading import TASKS, load_meta
 from deltaworks.nursery import base_path
 from deltaworks.study.machine import Machine, gauge
 from deltaworks.study.memory import free, parse, shown
 from deltaworks.study.plan import USUAL, likely_task, plan, warning
+from deltaworks.study.shapes import Shapes
 from deltaworks.training.head import head_of, next_token_loss
 from deltaworks.training.recipe import Recipe
 
@@ -64,7 +65,14 @@ COMBINATIONS = [
     ("t5", "lora", 4, {"optimizer": "adafactor"}),
     ("vit", "vera", 16, {}),
     ("vit", "bitfit", 8, {}),
+    ("llama", "eva", 8, {}),
+    ("bert", "eva", 4, {}),
+    ("llama", "lora_ga", 8, {}),
+    ("gpt2", "lora_ga", 4, {}),
+    ("llama", "rosa", 4, {}),
 ]
+# What these methods do before they attach is no part of the step.
+BRIEFLY: dict[str, dict[str, Any]] = {"rosa": {"warmup": 1}, "neft": {"probe_steps": 1}}
 LENGTH = 64
 
 
@@ -142,7 +150,8 @@ def measured(name: str, slug: str, size: int, options: dict[str, Any]) -> int:
     def build() -> tuple[Any, Any, Any]:
         torch.manual_seed(0)
         model = getattr(hf, TASKS[task]).from_config(config, dtype=dtype)
-        tuned = dw.attach(model, dw.method(slug), seed=0)
+        method = make(slug, **BRIEFLY.get(slug, {}))
+        tuned = dw.attach(model, method, seed=0, data=[batch(name, 2, False)] if method.needs_data else None)
         model.train()
         model.config.use_cache = False
         if options.get("checkpointing"):
@@ -192,11 +201,56 @@ def measured(name: str, slug: str, size: int, options: dict[str, Any]) -> int:
 )
 def test_the_peak_is_foretold_within_a_tenth(place, name, slug, size, options) -> None:
     recipe = Recipe.of({"base": place(name), "batch_size": size, "max_length": LENGTH, "dtype": "float32"} | options)
-    made = plan(recipe, [make(slug)], search=False)
+    made = plan(recipe, [make(slug, **BRIEFLY.get(slug, {}))], search=False)
     assert not made.reasons and made.work.task == CONFIGS[name][2]
     foretold, real = made.forecasts[0].peak, measured(name, slug, size, options)
     print(f"{name} {slug} {size} {options}: foretold {foretold:,}, real {real:,}, {100 * (foretold / real - 1):+.2f} %")
     assert foretold == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "slug", "settings"),
+    [
+        ("llama", "eva", {"rho": 1.0}),
+        ("t5", "eva", {"rho": 1.0, "on": "attention"}),
+        ("llama", "lora_ga", {"overrides": {"q_proj": {"rank": 3}}}),
+        ("gpt2", "lora_ga", {"direction": "random", "size": "weight"}),
+        ("mixtral", "lora_ga", {"rank": 100, "on": "expert.down"}),
+        ("mixtral", "rosa", {"warmup": 0, "density": 0.01}),
+    ],
+)
+def test_sizes_of_a_method_that_measures_first_are_those_it_has_with_data(place, name, slug, settings) -> None:
+    config, _, task = CONFIGS[name]
+    method = make(slug, **settings)
+    made = plan(Recipe.of({"base": place(name), "batch_size": 2, "max_length": LENGTH}), [method], search=False)
+    assert not made.reasons
+    base = getattr(hf, TASKS[task]).from_config(config)
+    summary = dw.attach(base, method, data=[batch(name, 2, False)], seed=0).summary()
+    found = made.forecasts[0]
+    assert (found.trainable, found.stored_bytes, found.share) == (
+        summary.trainable, summary.stored_bytes, summary.share
+    )  # fmt: skip
+
+
+def test_ranks_that_data_would_distribute_are_planned_evenly(place) -> None:
+    recipe = Recipe.of({"base": place("llama"), "batch_size": 2, "max_length": LENGTH})
+    spread, even = (plan(recipe, [make("eva", rank=4, rho=rho)], search=False).forecasts[0] for rho in (3.0, 1.0))
+    assert (spread.trainable, spread.stored_bytes, spread.peak) == (even.trainable, even.stored_bytes, even.peak)
+
+
+def test_every_method_is_planned(place) -> None:
+    recipe = Recipe.of({"base": place("llama"), "batch_size": 1, "max_length": 32})
+    made = plan(recipe, [make(slug) for slug in methods()], search=False)
+    assert not made.reasons and len(made.forecasts) == len(methods())
+
+
+def test_what_values_would_choose_is_drawn_or_all() -> None:
+    with Shapes():
+        scores = torch.zeros(1 << 23)
+        chosen = scores.topk(1000).indices
+        masked = scores[scores > 0]
+    assert len(chosen.unique()) == 1000 and chosen.min() >= 0 and (1 << 22) < chosen.max() < 1 << 23
+    assert masked.shape == scores.shape
 
 
 def test_the_split_is_the_peak_and_the_sizes_are_those_of_the_adapter(place) -> None:
@@ -337,8 +391,10 @@ def test_methods_are_told_apart_in_time(place, monkeypatch) -> None:
 
 
 def test_what_cannot_be_planned_is_said_and_stops_nothing(place) -> None:
-    made = plan(Recipe.of({"base": place("vit")}), [make("prefix_tuning"), make("eva"), make("lora")], search=False)
-    assert "data" in made.reasons["eva"] and [one.method for one in made.forecasts][-1] == "lora"
+    asked = [make("prefix_tuning"), make("lst"), make("neft"), make("lora")]
+    made = plan(Recipe.of({"base": place("vit")}), asked, search=False)
+    assert "text model" in made.reasons["lst"] and [one.method for one in made.forecasts][-1] == "lora"
+    assert "neft" not in made.reasons
     with pytest.raises(OSError, match="no such folder"):
         plan(Recipe.of({"base": "./nowhere"}))
     with pytest.raises(ValueError, match="no form for the task"):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ...core.experts import PerExpert
 from ...core.operators.decomposed import Decomposed
@@ -48,6 +49,9 @@ HARMLESS = (
     "runtime_config",
 )
 STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+"""`init_lora_weights` that leave the base as it is."""
+ELSEWHENCE = {"pissa_niter": "random draws", "corda": "data", "lora_ga": "data", "loftq": "quantisation"}
+"""Beginnings of those that change it by what cannot be found again, and where that came from."""
 
 
 def read(source: Source) -> Plan:
@@ -56,10 +60,13 @@ def read(source: Source) -> Plan:
         source.forbid(key, why)
     rslora, dropout, dora = source.flag("use_rslora"), source.number("lora_dropout", 0.0), source.flag("use_dora")
     start = source.take("init_lora_weights", True, bool, str)
+    start = start.lower() if isinstance(start, str) else start
     source.flag("fan_in_fan_out")  # says how the base stores its weight; the model says that itself
     for key in HARMLESS:
         source.keys.pop(key, None)
     parameters = source.names("target_parameters")
+    if parameters and start not in STARTS:
+        refuse(source.file, f"init_lora_weights={start!r} with target_parameters is not known here")
     if parameters and "target_modules" not in source.keys:
         source.keys["target_modules"] = []
     targets = source.targets()
@@ -110,28 +117,42 @@ def _read_module(
         if magnitude.shape != b.shape[:1]:
             refuse(source.weights, f"{path} has a magnitude of {magnitude.numel()} values for {b.shape[0]} outputs")
         return source.place(path, "weight", Decomposed(magnitude, a, b, scale=scale, dropout=dropout))
-    a0, b0 = _start(source, Weight(layer, "weight", path=path), start, rank, scale)
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    a0, b0 = _start(source, Weight(layer, "weight", path=path), start, rank, scale, dtype)
     source.place(path, "weight", LowRank(a, b, scale=scale, dropout=dropout, a0=a0, b0=b0))
 
 
 def _start(
-    source: Source, weight: Weight, start: bool | str, rank: int, scale: float
+    source: Source, weight: Weight, start: bool | str, rank: int, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The product that the file expects to be taken out of the base, as factors; none for most files."""
-    if start in STARTS:
+    """The product that the file expects to be taken out of the base, as factors; none for most files.
+
+    Found in float32, as PEFT does whatever the base's dtype; what PEFT rounds when it changes the base stays exact.
+    """
+    if start in STARTS or (start == "lora_ga" and not isinstance(weight.layer, (nn.Linear, Conv1D))):
         return None, None
-    if start == "olora":
-        q, r = torch.linalg.qr(weight.dense())
-        return r[:rank].contiguous(), q[:, :rank].contiguous()
+    whence = next((why for name, why in ELSEWHENCE.items() if str(start).startswith(name)), None)
+    if whence is not None:
+        way = "PEFT's path_initial_model_for_weight_conversion"
+        if start == "loftq":  # which that cannot convert
+            way = "the base it was trained on, and init_lora_weights=true"
+        reason = f"expects a base that was changed by a start from {whence}, which the file does not hold"
+        refuse(source.file, f"init_lora_weights={start!r} {reason}; save it with {way}")
+    if start not in ("pissa", "olora"):
+        refuse(source.file, f"init_lora_weights={start!r} is not known; it may expect a base that was changed")
+    if weight.quantised:
+        reason = f"init_lora_weights={start!r} starts from {weight.path}.weight, which is quantised"
+        refuse(source.file, f"{reason}; load the base unquantised")
+    dense = weight.dense().float()
     if start == "pissa":
-        u, s, vh = torch.linalg.svd(weight.dense(), full_matrices=False)
-        rootd = (s[:rank] / scale).sqrt()
-        return rootd[:, None] * vh[:rank], u[:, :rank] * rootd
-    refuse(
-        source.file,
-        f"init_lora_weights={start!r} expects a base that was changed by a start the file does not hold; save it with "
-        "PEFT's path_initial_model_for_weight_conversion",
-    )
+        u, s, vh = torch.linalg.svd(dense, full_matrices=False)
+        root = (s[:rank] / scale).sqrt()
+        return (root[:, None] * vh[:rank]).to(dtype), (u[:, :rank] * root).to(dtype)
+    # PEFT decomposes a Conv1D's weight as it is stored, `in x out`, and takes that product out of it as it is.
+    turned = isinstance(weight.layer, Conv1D)
+    q, r = torch.linalg.qr(dense.T if turned else dense)
+    a0, b0 = (q[:, :rank].T, r[:rank].T) if turned else (r[:rank], q[:, :rank])
+    return a0.to(dtype).contiguous(), b0.to(dtype).contiguous()
 
 
 def _parameters(source: Source, wanted: list[str]) -> list[tuple[str, str, int]]:

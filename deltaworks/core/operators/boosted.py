@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,14 +19,15 @@ from torch.func import functional_call
 from ..experts import PerExpert
 from ..method import experts_of
 from ..part import PARTS, Delta, Module, Part, Trained, Wrapper
+from .boosted_prefix import boosted_prefix
 from .low_rank import Factored, LowRank, dropped
 from .made import Made
+from .masks import Masks, masks_of
+from .prefix import EncodedPrefix
 from .row_dropout import RowDropout
 
 if TYPE_CHECKING:
     from ...model.weights import Weight
-
-PATTERNS = ("equal", "nm")
 
 
 def has_matrices(part: Part, weight: Weight) -> bool:
@@ -37,13 +37,13 @@ def has_matrices(part: Part, weight: Weight) -> bool:
     return isinstance(part, Trained) or any(parameter.requires_grad for parameter in part.parameters())
 
 
-def masked_copies(part: Part, weight: Weight, masks: tuple[int, float, str, int], *, fixed: bool, exact: bool) -> Part:
+def masked_copies(part: Part, weight: Weight, masks: Masks, *, fixed: bool, exact: bool) -> Part:
     """Masked copies of a part; of a stack, the stack of those of each.
 
     Args:
         part: what is copied.
         weight: what it changes, if it is a delta.
-        masks: copies, density, pattern and seed, as `Copies` takes them.
+        masks: copies, density, pattern and seed.
         fixed: whether its matrix is all that a delta does.
         exact: whether a delta adds nothing at the start.
 
@@ -54,6 +54,8 @@ def masked_copies(part: Part, weight: Weight, masks: tuple[int, float, str, int]
         each = zip(part.each(), experts_of(weight), strict=True)
         stack: list[Any] = [masked_copies(one, own, masks, fixed=fixed, exact=exact) for one, own in each]
         return PerExpert(stack)
+    if isinstance(part, EncodedPrefix):
+        return boosted_prefix(part, masks)
     form = form_of(part)
     if form is None or (isinstance(part, Delta) and not fixed):
         kind = type(part).__name__
@@ -154,9 +156,8 @@ class Copies(Part):
 
     def _mask(self, name: str, like: Tensor) -> None:
         """Draw the masks of a tensor, `copies` of its shape."""
-        generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
-        masks = [_drawn(like.shape, self.density, self.pattern, generator) for _ in range(self.copies)]
-        self._hold(f"{name}_masks", torch.stack(masks).to(like.device), persistent=False)
+        masks = masks_of(name, like.shape, (self.copies, self.density, self.pattern, self.seed))
+        self._hold(f"{name}_masks", masks.to(like.device), persistent=False)
 
     def _call(self, what: str, *given: Any, number: int | None = None) -> Any:
         """What a method of the part gives: of one copy's masked tensors, or without a number of the tensors whole."""
@@ -283,18 +284,3 @@ class _Method(nn.Module):
 
     def forward(self, *given: Any) -> Any:
         return getattr(type(self.part), self.what)(self.part, *given)
-
-
-def _drawn(shape: torch.Size, density: float, pattern: str, generator: torch.Generator) -> Tensor:
-    number = shape.numel()
-    if pattern == "nm":
-        if number % 4:
-            raise ValueError(f"a mask of 2 in 4 needs a multiple of 4 entries, a tensor of {list(shape)} has {number}")
-        order = torch.rand(number // 4, 4, generator=generator, device="cpu").argsort(dim=1)
-        return (order < 2).view(shape)
-    kept = int(number * density)
-    if not kept:
-        raise ValueError(f"a mask that keeps the share {density:g} of {number} entries keeps none; give a larger share")
-    mask = torch.zeros(number, dtype=torch.bool, device="cpu")
-    mask[torch.randperm(number, generator=generator, device="cpu")[:kept]] = True
-    return mask.view(shape)

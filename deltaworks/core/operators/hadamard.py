@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from ..part import Delta
 from .made import Made
 from .row_dropout import RowDropout
+
+if TYPE_CHECKING:
+    from ...model.weights import Weight
 
 
 class Hadamard(RowDropout, Made):
@@ -48,6 +51,11 @@ class Hadamard(RowDropout, Made):
     @property
     def rank(self) -> int:
         return self.b1.shape[-2] ** 2
+
+    def prefers_side(self, tokens: int, weight: Weight) -> bool:
+        # Wider factors cost more to make than the weight, for however few tokens.
+        narrow = 2 * self.rank <= min(weight.shape[-2:])
+        return self.dropping() or (narrow and super().prefers_side(tokens, weight))
 
     def sources(self) -> list[Tensor]:
         return [self.a1, self.b1, self.a2, self.b2]

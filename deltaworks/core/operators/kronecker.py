@@ -72,9 +72,10 @@ class Kronecker(RowDropout):
         return self.scale * torch.kron(first.contiguous(), second.contiguous())
 
     def prefers_side(self, tokens: int, weight: Weight) -> bool:
-        # Building the weight costs its gradient, tokens * out * in, which a frozen base does without.
+        # The weight's way costs the building of it and its gradient, which a frozen base does without.
         first, second = (factor.shape for factor in self.factors())
-        return self.dropping() or 3 * _cost(first, second) < weight.fan_in * weight.fan_out
+        built = (tokens + 256) * weight.fan_in * weight.fan_out
+        return self.dropping() or 3 * tokens * _cost(first, second) < built
 
     def side(self, x: Tensor) -> Tensor:
         return self.thinned(recomputed(self._applied, x, *self._tensors()))

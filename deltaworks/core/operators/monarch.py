@@ -60,8 +60,9 @@ class Monarch(Delta):
         # A part of a fused projection cannot be left out of the layer's call, which gives all parts.
         if self.replaces:
             return self.site.rows is None
-        dropping = bool(self.dropout and self.training)
-        return dropping or 2 * (self.w1.numel() + self.w2.numel()) < weight.fan_in * weight.fan_out
+        # Measured: the weight costs its gradient, one product a token, and to build it as much as some hundred tokens.
+        area, each = weight.fan_in * weight.fan_out, self.w1.numel() + self.w2.numel()
+        return bool(self.dropout and self.training) or 4 * tokens * each < area * (tokens + 256)
 
     def side(self, x: Tensor) -> Tensor:
         return recomputed(self._applied, dropped(self, x), self.w1, self.w2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -19,46 +20,67 @@ their pivots by 0.006 and the change by 0.012.
 
 
 class Pivots(Scaled):
-    """`dW = scale * P L_r diag(z - z0) U_r`, with `W = P L diag(D) U` and z0 the first pivots D.
+    """`dW = P L_r diag(sigma z - scale z0) U_r`, with `W = P L diag(D) U`; z0 is D_r, the first pivots, or any other.
 
     The factors are made from the base's weight when the delta comes to its place, in float64 on the CPU, so that every
-    machine finds the same, and never stored; before that it adds nothing. z0 is stored, so that a base in another
-    precision, whose pivots are a little off, gets what was trained and no more; so are the rows that the pivots lie in,
-    since of two nearly equal entries rounding may make the other one the larger.
+    machine finds the same, and never stored; before that it adds nothing. z0 and D_r are stored, so that a base in
+    another precision, whose pivots are a little off, gets what was trained and no more; so are the rows that the pivots
+    lie in, since of two nearly equal entries rounding may make the other one the larger.
 
     Args:
-        z: `rank` pivots.
+        z: `rank`, trained.
         start: z0, `rank`.
-        rows: `rank`, the rows of W in LU's order; all -1 for a delta that is new, which finds z, z0 and rows itself.
+        rows: `rank`, the rows of W in LU's order; all -1 for a delta that is new, which finds z, z0, D and rows itself.
         fan_out, fan_in: size of the weight.
         scale: multiplies the product.
+        sigma: `1`, trained and `scale` at the start; none for a constant one.
+        pivots: D_r, `rank`; none where it is z0.
     """
 
     settings: ClassVar[tuple[str, ...]] = ("fan_out", "fan_in", "scale")
     start: Tensor
     rows: Tensor
+    pivots: Tensor | None
     lower: Tensor | None
     upper: Tensor | None
 
-    def __init__(self, z: Tensor, start: Tensor, rows: Tensor, fan_out: int, fan_in: int, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        z: Tensor,
+        start: Tensor,
+        rows: Tensor,
+        fan_out: int,
+        fan_in: int,
+        scale: float = 1.0,
+        sigma: Tensor | None = None,
+        pivots: Tensor | None = None,
+    ) -> None:
         super().__init__()
         if z.dim() != 1 or len(z) > min(fan_out, fan_in):
             raise ValueError(f"a weight of {fan_out} x {fan_in} has {min(fan_out, fan_in)} pivots, not {list(z.shape)}")
-        fits = start.shape == z.shape == rows.shape
+        fits = start.shape == z.shape == rows.shape and (pivots is None or pivots.shape == z.shape)
         if fits and not rows.is_meta and bool((rows >= 0).any()):  # else they are not found yet
             fits = int(rows.min()) >= 0 and int(rows.max()) < fan_out and len(rows.unique()) == len(rows)
         if not fits:
             raise ValueError(f"{len(z)} pivots need as many starts and rows, all different and below {fan_out}")
+        if sigma is not None and sigma.shape != (1,):
+            raise ValueError(f"sigma is one value, not {list(sigma.shape)}")
         self.z = nn.Parameter(z)
+        self.sigma = None if sigma is None else nn.Parameter(sigma)
         self.fan_out, self.fan_in, self.scale = fan_out, fan_in, float(scale)
         self.register_buffer("start", start)
         self.register_buffer("rows", rows.to(torch.int32))
+        self.register_buffer("pivots", pivots)
         for name in ("lower", "upper"):
             self.register_buffer(name, None, persistent=False)
 
     @torch.no_grad()
-    def settle(self, weight: Weight) -> None:
+    def settle(self, weight: Weight, begin: Callable[[Tensor], Tensor] | None = None) -> None:
         """Find the factors.
+
+        Args:
+            weight: the base's.
+            begin: what a new z starts from, given D_r; none for D_r itself. Vanishing pivots stay zero.
 
         Raises:
             ValueError: when the pivots are not those that the delta was trained from.
@@ -68,11 +90,13 @@ class Pivots(Scaled):
         dense, new = weight.dense(), bool((self.rows < 0).all())
         lower, pivots, upper, rows = decomposed(dense, len(self.z), None if new else self.rows)
         if new:
-            for own, found in ((self.z, pivots), (self.start, pivots), (self.rows, rows)):
-                own.copy_(found)
-        start = self.start.to(pivots)
-        live = start != 0
-        trained, moved = (self.z.to(pivots) - start)[live], (pivots / start)[live] - 1
+            begun = pivots if begin is None else torch.where(pivots == 0, 0.0, begin(pivots))
+            for own, found in ((self.z, begun), (self.start, begun), (self.pivots, pivots), (self.rows, rows)):
+                if own is not None:
+                    own.copy_(found)
+        known = (self.start if self.pivots is None else self.pivots).to(pivots)
+        live = known != 0
+        trained, moved = self.scales()[0].to(pivots)[live], (pivots / known)[live] - 1
         if (trained * moved).norm() > DRIFT * trained.norm():
             raise ValueError(
                 f"the pivots of {weight.path or 'a weight'} are not those the adapter was trained from; "
@@ -92,7 +116,8 @@ class Pivots(Scaled):
         return self.upper.to(dtype), self.lower.to(dtype)
 
     def scales(self) -> tuple[Tensor, None]:
-        return self.z - self.start, None
+        # Of sigma only its ratio to the scale acts: 1 at the start, so that what is subtracted is the same number.
+        return (self.z if self.sigma is None else self.z * (self.sigma / self.scale)) - self.start, None
 
 
 def decomposed(weight: Tensor, rank: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

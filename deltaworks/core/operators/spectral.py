@@ -155,7 +155,7 @@ class Spectral(Scaled, Built):
         return order, constant(self.entries, torch.int64, starts, "starts"), frequencies, signs
 
     def prefers_side(self, tokens: int, weight: Weight) -> bool:
-        return 8 * self.c.shape[-1] < min(self.fan_out, self.fan_in)
+        return 4 * self.c.shape[-1] < min(self.fan_out, self.fan_in)
 
     def bases(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         j, k = self._places()

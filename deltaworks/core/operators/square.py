@@ -3,6 +3,7 @@
 `share`: input features that are r apart are added up, the result is repeated along the output.
 `rotate`: every block of r input features is turned by the angles of its position, multiplied by the same matrix, and
 becomes a block of the output. Inputs that do not fill the last block continue with the first features.
+A chain of shared ones adds up and repeats in another way with every link.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ...model.weights import Weight
-from ..part import Delta
+from ..part import Delta, frozen
 from .low_rank import base_product, branch_input, dropped, kept, plain
 from .recompute import recomputed
 
@@ -44,7 +45,7 @@ class Square(Delta):
         self.kind, self.fan_out, self.fan_in, self.dropout = kind, fan_out, fan_in, float(dropout)
 
     def dense(self) -> Tensor:
-        return self._product(torch.eye(self.fan_in, dtype=self.m.dtype, device=self.m.device), self.m).T
+        return self._product(torch.eye(self.fan_in, dtype=self.m.dtype, device=self.m.device), self._inner()).T
 
     def prefers_side(self, tokens: int, weight: Weight) -> bool:
         return bool(self.dropout and self.training) or tokens * self.m.shape[0] < weight.fan_in * weight.fan_out
@@ -52,7 +53,7 @@ class Square(Delta):
     def side(self, x: Tensor) -> Tensor:
         x = dropped(self, x)
         if self.kind == "share":  # keeps the sums only, `tokens x r`
-            return self._product(x, self.m.to(x.dtype))
+            return self._product(x, self._inner().to(x.dtype))
         return recomputed(self._product, x, self.m.to(x.dtype))
 
     def with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -69,13 +70,93 @@ class Square(Delta):
         first, second = m.T.chunk(2)
         return torch.cat([cos * first + sin * second, cos * second - sin * first], dim=1).to(dtype)
 
+    def _inner(self) -> Tensor:
+        """What is multiplied by between compression and decompression."""
+        return self.m
+
     def _product(self, x: Tensor, m: Tensor) -> Tensor:
         r = m.shape[0]
-        blocks = -(-self.fan_in // r)
-        extra = torch.arange(blocks * r - self.fan_in, device=x.device) % self.fan_in
-        x = torch.cat([x, x[..., extra]], dim=-1).unflatten(-1, (blocks, r))
+        x = _filled(x, r)
         o = x.sum(-2, keepdim=True) @ m.T if self.kind == "share" else _turned(x) @ m.T
         return o.flatten(-2)[..., torch.arange(self.fan_out, device=x.device) % (o.shape[-2] * r)]
+
+
+class SquareChain(Square):
+    """`dW x = decompress((past + at (x) M) compress(x))`: links that share in four ways in turn, all but M finished.
+
+    compress gives 2r sums, of features that are r apart and of neighbours; decompress repeats the first r of its values
+    along the output and each of the others for neighbours. Finished links that share in one way are one matrix, so a
+    chain of any length needs as much room. Dropout is for M; what is finished counts as part of the weight.
+
+    Args:
+        m: M, `r x r`.
+        past: the finished links, `2r x 2r`: the rows' halves are for values repeated and for neighbours, the columns'
+            for sums of features apart and of neighbours.
+        at: `2 x 2`, one at the quarter in which M acts, else zero.
+        fan_out, fan_in: size of the weight.
+        dropout: probability of zeroing an input feature of M's in training.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ("fan_out", "fan_in", "dropout")
+
+    def __init__(self, m: Tensor, past: Tensor, at: Tensor, fan_out: int, fan_in: int, dropout: float = 0.0) -> None:
+        super().__init__(m, "share", fan_out, fan_in, dropout)
+        if list(past.shape) != [2 * len(m)] * 2 or list(at.shape) != [2, 2]:
+            shapes = f"{list(past.shape)} and {list(at.shape)}"
+            raise ValueError(f"M {list(m.shape)} needs past of twice its sides and a 2 x 2 place, not {shapes}")
+        self.past, self.at = nn.Parameter(past), nn.Parameter(at)
+        frozen(self, "past", "at")
+
+    def side(self, x: Tensor) -> Tensor:
+        if not (self.dropout and self.training):
+            return super().side(x)
+        trained, finished = _placed(self.m, self.at), self.past
+        return self._product(dropped(self, x), trained.to(x.dtype)) + self._product(x, finished.to(x.dtype))
+
+    def _inner(self) -> Tensor:
+        return self.past + _placed(self.m, self.at)
+
+    def _product(self, x: Tensor, m: Tensor) -> Tensor:
+        r = len(m) // 2
+        o = torch.cat([_filled(x, r).sum(-2), _grouped(x, r)], dim=-1) @ m.T
+        return o[..., torch.arange(self.fan_out, device=x.device) % r] + _spread(o[..., r:], self.fan_out)
+
+
+@torch.no_grad()
+def merge(m: Tensor, past: Tensor, at: Tensor) -> None:
+    """Finish a link of a `SquareChain`, or of each in a stack, and begin another with nothing, in the next of the ways:
+    apart and repeated, neighbours in both, neighbours repeated, apart for neighbours."""
+    past.add_(_placed(m, at))
+    m.zero_()
+    at.copy_(at.flatten(-2)[..., [2, 3, 1, 0]].view_as(at))
+
+
+def _placed(m: Tensor, at: Tensor) -> Tensor:
+    """`at (x) M`, `... 2r x 2r`."""
+    return (at[..., :, None, :, None] * m[..., None, :, None, :]).flatten(-2).flatten(-3, -2)
+
+
+def _filled(x: Tensor, r: int) -> Tensor:
+    """x in blocks, `... blocks x r`; what does not fill the last one continues with its first features."""
+    width = x.shape[-1]
+    blocks = -(-width // r)
+    extra = torch.arange(blocks * r - width, device=x.device) % width
+    return torch.cat([x, x[..., extra]], dim=-1).unflatten(-1, (blocks, r))
+
+
+def _grouped(x: Tensor, r: int) -> Tensor:
+    """Sums of neighbours, `... r`; the first groups have one more where r does not divide the width."""
+    few, larger = divmod(x.shape[-1], r)
+    first, second = x.split([larger * (few + 1), (r - larger) * few], dim=-1)
+    groups = first.unflatten(-1, (larger, few + 1)), second.unflatten(-1, (r - larger, few))
+    return torch.cat([group.sum(-1) for group in groups], dim=-1)
+
+
+def _spread(o: Tensor, width: int) -> Tensor:
+    """Each of r values for neighbours, `... width`: `_grouped`, transposed."""
+    few, larger = divmod(width, o.shape[-1])
+    first, second = o[..., :larger, None], o[..., larger:, None]
+    return torch.cat([y.expand(*y.shape[:-1], n).flatten(-2) for y, n in ((first, few + 1), (second, few))], dim=-1)
 
 
 def _turned(x: Tensor) -> Tensor:

@@ -56,8 +56,9 @@ class StructuredTiles(Built):
         if self.dropout and self.training:
             return True
         n = self.a.shape[-1]
-        # The other structures' matrices are made by their transforms as well, of as many rows as the weight has inputs.
-        return transforms_pay(n, tokens, weight) if self.structure == "circulant" else n >= 32
+        # The other structures' matrices are made by their transforms as well, of as many rows as the weight has inputs,
+        # and have a gradient then.
+        return transforms_pay(n, tokens, weight) if self.structure == "circulant" else 2 * tokens < 3 * weight.fan_in
 
     def built(self, weight: Tensor) -> Tensor:
         if self.structure != "circulant":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..init import normal, uniform, zeros
-from ..part import Module
+from ..part import Delta, Module
 from .bottleneck import ACTIVATIONS
 from .low_rank import Factored
 
@@ -26,8 +26,13 @@ OFFICIAL: dict[tuple[int, int], tuple[int, ...]] = {
     (4096, 8): (16, 16, 8, 4, 4),
     (5120, 8): (8, 8, 10, 8, 8),
     (8192, 8): (4, 16, 16, 16, 4),
+    (768, 768): (8, 8, 12, 12, 8, 8),
+    (1024, 1024): (4, 8, 8, 16, 8, 8, 4),
+    (4096, 4096): (4, 4, 16, 16, 16, 16, 4, 4),
+    (8192, 8192): (4, 4, 16, 16, 16, 16, 8, 8),
 }
-"""The authors' axes for a map between a layer's width and a bottleneck."""
+"""The authors' axes for a map between a layer's width and a bottleneck, and for a head's dense layer (theirs for 5120
+multiply to something else)."""
 
 
 def axes(width: int, narrow: int) -> tuple[int, ...]:
@@ -138,6 +143,27 @@ class TrainLowRank(Factored):
     def _pair(self, first: str, second: str) -> tuple[Tensor, Tensor]:
         a, b = (list(self.get_submodule(name).parameters()) for name in (first, second))
         return contracted(a, self.fan_in).mT, contracted(b, self.bottleneck).mT
+
+
+class TrainWeight(Delta):
+    """`W' = T^T`: a tensor train T (`in x out`) in the weight's place.
+
+    Args:
+        fan_in, fan_out: size of the weight.
+        train_rank: rank of the train.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ("fan_in", "fan_out", "train_rank")
+    additive = False
+    replaces = True
+
+    def __init__(self, fan_in: int, fan_out: int, train_rank: int) -> None:
+        super().__init__()
+        self.fan_in, self.fan_out, self.train_rank = fan_in, fan_out, train_rank
+        self.cores = cores(axes(fan_in, fan_out), train_rank, fan_in + fan_out)
+
+    def fold(self, weight: Tensor) -> Tensor:
+        return contracted(list(self.cores), self.fan_in).mT.to(weight.dtype)
 
 
 class TrainBottleneck(Module):

@@ -5,7 +5,8 @@ trains beside A and B for the share `search` of the run. After a warm-up of A an
 gradient) steps go in turn to A and B and, by an Adam of their own, to the thetas; so both see halves of the data, which
 are disjoint in a search no longer than an epoch. Then each block keeps LoRAs at the share `keep` of its weights, those
 of largest theta; the others share one pair among all of the same kind (`share=False`: stay as they are), all A and B
-begin anew, and training goes on. There is no public code: relaxation, halves, sharing follow the abstract's account.
+begin anew, and training goes on. There is no public code: relaxation, halves, sharing follow the abstract's account;
+rates and shares are ours.
 Use it where only some kinds of weights should learn, and it is not known which.
 """
 

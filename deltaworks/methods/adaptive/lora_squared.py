@@ -5,7 +5,8 @@ e = 0.
 Components e_i fall to a budget as in AdaLoRA, but only e, the rows of Bi and the columns of Ao are scored: `2 r k + r`
 values instead of all. Penalty: each factor's distance from orthogonality (on its smaller side), and where in = out the
 planes' from each other, ||Bi Ai Bo Ao||; the authors' code computes that product and then adds something else, and its
-merge only runs for r = 1.
+merge only runs for r = 1. Their rates, 5e-4 to 2.2e-3, are for 5 to 50 epochs: under four factors near zero e moves
+the weight slowly, and ours is for shorter runs.
 Use it as AdaLoRA when scoring every entry costs too much.
 """
 

@@ -7,6 +7,7 @@ score get a block, m = what is missing times the share of the run that has passe
 The public implementation starts B, L and U all at zero, where no gradient reaches anything; here A, L and the first U
 ~ N(0, 0.02^2), B = 0, and a new block has U and B = 0, so that growing does not change the function. Its divisor is the
 present rank, which rescales what was learnt; here it is `reference` (`divisor="rank"`: the present one, B rescaled).
+It has no scripts, and checks at every step unless told otherwise; rate, warm-up and interval are ours.
 Use it where AdaLoRA's scores cost too much: no gradient enters one.
 """
 

@@ -3,6 +3,7 @@
 W'[i, j] = W[i, j] + W[i, j] D + D for every r x r block of W,  D = 0 at the start,  D = D_i shared along the input
 (`along="in"`, what `peft` calls bat) or D_j shared along the output (`along="out"`, the authors' Bone-row).
 The weight guides its own change, which is therefore of any rank. `miss` is the later, cheaper form without W.
+The authors' scripts take a rate of 2e-5 for bases of billions of parameters; 2e-4 is for smaller ones and short runs.
 Use it for quality at the price of building the weight in every step.
 """
 

@@ -6,8 +6,8 @@ also where a factor is frozen or shared. For a bottleneck sum_i [(M_i^up * U) f(
 unmasked. Any other change that adds to weights is sum_i dW(M_i * theta) with theta what trains; random matrices that
 layers share (VeRA) and singular vectors of the weight (SVFit) stay whole, and so does what changes vectors, as norms.
 A shared entry's gradient is the sum over the copies, as true tying gives it; the official code ties separate layers by
-hand, and its masks depend on the order of calls, ours on the seed and the layer's name. Prefix-tuning's MLP, the
-paper's third, is refused: one half of it belongs to all layers, and after training its output takes its place.
+hand, and its masks depend on the order of calls, ours on the seed and the layer's name. For prefix-tuning every linear
+map of its MLP is z = sum_i (M_i * W) x + b, as the paper has linear maps; the released code masks no prefix this way.
 Use it over another method (`over=`, with its hyper-parameters in `inner=`) when parameters are scarce and its rank is
 what limits it.
 """
@@ -19,7 +19,9 @@ from typing import Any
 
 from ...core import fields
 from ...core.method import LINEAR, Method, Placed, WeightMethod, weight_at
-from ...core.operators.boosted import PATTERNS, has_matrices, masked_copies
+from ...core.operators.boosted import has_matrices, masked_copies
+from ...core.operators.boosted_prefix import boosted_encoder
+from ...core.operators.masks import PATTERNS, Masks
 from ...core.part import Part, Shared
 from ...core.registry import make, method
 from ...core.rule import Rule
@@ -80,7 +82,7 @@ class CapaBoost(WeightMethod):
         return dataclasses.replace(plain, overrides=there) if any(there.values()) else plain
 
     def shared(self, base: Anatomy) -> dict[str, Shared]:
-        return self.boosted.shared(base)
+        return {key: boosted_encoder(lent, self._masks(key)) for key, lent in self.boosted.shared(base).items()}
 
     def parts(self, base: Anatomy, shared: dict[str, Shared], measured: Any) -> Iterator[Placed]:
         found = None
@@ -96,12 +98,17 @@ class CapaBoost(WeightMethod):
             raise ValueError(f"capaboost: over={self.over!r} changes no matrix, so no rank can rise; take such as lora")
 
     def _copies(self, item: Placed, weight: Weight) -> Part:
-        seed = zlib.crc32(f"{self.seed} {item.site.path} {item.label}".encode())
-        masks = (self.copies, self.density, self.pattern, seed)
+        masks = self._masks(f"{item.site.path} {item.label}")
         try:
             return masked_copies(item.part, weight, masks, fixed=self.mergeable, exact=self.exact_at_start)
         except ValueError as error:
             raise ValueError(f"capaboost: over={self.over!r} at {item.site.name}: {error}") from None
+
+    def _masks(self, owner: str) -> Masks:
+        return self.copies, self.density, self.pattern, zlib.crc32(f"{self.seed} {owner}".encode())
+
+    def rules(self) -> list[Rule]:
+        return self.boosted.rules()
 
     def group(self, name: str) -> dict[str, float]:
         return self.boosted.group(name)
@@ -119,5 +126,5 @@ class CapaBoost(WeightMethod):
 
 
 def _acts(rule: Rule) -> bool:
-    """Whether a rule does more than to put the finished adapter in a smaller form, which copies have none of."""
+    """Whether a rule does more than to put the finished adapter in a smaller form, which is for the parts it knows."""
     return any(getattr(type(rule), event) is not getattr(Rule, event) for event in WHILE_TRAINING)

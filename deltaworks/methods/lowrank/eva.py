@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...core import fields
-from ...core.init import zeros
+from ...core.init import ones, zeros
 from ...core.method import LINEAR, Batches, Method, Placed, label, weight_at
 from ...core.operators.low_rank import LowRank
 from ...core.part import Shared
@@ -55,13 +55,7 @@ class EVA(Method):
     per_pass: int = fields.positive(8, "layers measured at a time: bounds memory, costs passes over the batches")
 
     def measure(self, base: Anatomy, batches: Batches) -> dict[str, Directions]:
-        sites = list(base.select(self.on, what="weight"))
-        for site in sites:
-            if site.kind != "linear" or site.parameter != "weight" or not site.called:
-                raise ValueError(
-                    f"eva cannot see what {site.name} reads; leave it out of on=, which takes linear layers"
-                )
-        batches = list(batches)
+        sites, batches = self._sites(base), list(batches)
         if not batches:
             raise ValueError("eva was given no batch, so there is nothing to measure")
         twin = same_inputs(base.model, list(dict.fromkeys(site.path for site in sites)), batches[0])
@@ -75,6 +69,21 @@ class EVA(Method):
             rows = columns.T.to("cpu", torch.get_default_dtype()).contiguous()
             found[path] = Directions(rows, (variances * moment.count).sqrt().cpu(), (variances / total).cpu())
         return {path: found[twin[path]] for path in twin}
+
+    def assumed(self, base: Anatomy) -> dict[str, Directions]:
+        """Equal shares, which spread the ranks evenly."""
+        most = round(self.rho * self.rank)
+        width = {site.path: weight_at(base.model, site).fan_in for site in self._sites(base)}
+        return {path: Directions(zeros(most, n), ones(most), zeros(most)) for path, n in width.items()}
+
+    def _sites(self, base: Anatomy) -> list[Site]:
+        sites = list(base.select(self.on, what="weight"))
+        for site in sites:
+            if site.kind != "linear" or site.parameter != "weight" or not site.called:
+                raise ValueError(
+                    f"eva cannot see what {site.name} reads; leave it out of on=, which takes linear layers"
+                )
+        return sites
 
     def ranks(self, base: Anatomy, sites: list[Site], measured: dict[str, Directions]) -> list[int]:
         """The rank of every site: the budget goes to the largest shares of variance."""

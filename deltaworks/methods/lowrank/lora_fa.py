@@ -3,7 +3,7 @@
 W' = W + s B A,  A random and frozen,  B = 0 and trained,  s = alpha / rank.  Training keeps `x A^T` and never `x`.
 `project` is the paper's later form: B's gradient becomes g (A A^T)^-1 / s^2, the best approximation of the full
 gradient G within A's row space, so that a step of gradient descent changes W by -lr G A^T (A A^T)^-1 A.
-The authors publish no code; A is drawn as `peft` draws it, Kaiming uniform.
+The authors publish no code; A is drawn as `peft` draws it, Kaiming uniform, and the rate is that of `lora`.
 Use it when activations, not weights, fill the memory.
 """
 

@@ -1,20 +1,160 @@
 """LoRA+: efficient low rank adaptation of large models (Hayou et al. 2024, arXiv:2402.12354).
 
-W' = W + s B A,  as LoRA;  B learns `b_lr_ratio` times as fast as A, in any optimizer and under any schedule. For wide
-layers this is the ratio under which both factors learn features. The paper takes half of LoRA's rate for A, no decay.
-`peft` gives an embedding's factors a rate of their own (1e-6 there); here they follow the same rule.
-Use it for LoRA's result in fewer steps; larger ratios for tasks that are further from pre-training.
+W' = W + s B A,  as LoRA or as any other method with factors A and B;  B and all vectors beside the factors (DoRA's
+magnitudes, gates, biases) learn `b_lr_ratio` times as fast as A, in any optimizer and under any schedule, the vectors
+without decay. For wide layers this is the ratio under which both factors learn features. What the method scales or
+keeps from decay itself stays so, relative to this; at a ratio of 1 nothing differs from it, and where A is frozen the
+ratio is but another rate. The paper takes half of LoRA's rate for A, no decay. All that is trained at an embedding has
+`embedding_lr`, whatever the run's rate and the ratio, as in `peft` and the authors' code.
+Use it for LoRA's result in fewer steps, over another method (`over=`, with its hyper-parameters in `inner=`) for that
+method's; larger ratios for tasks that are further from pre-training.
 """
 
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any
+
 from ...core import fields
-from ...core.registry import method
-from .lora import LoRA
+from ...core.method import LINEAR, Batches, Method, Placed, WeightMethod
+from ...core.operators.low_rank import Factored
+from ...core.part import Part, Shared
+from ...core.registry import find, make, method
+from ...core.rule import Rule
+from ...model.anatomy import Anatomy
+from ...model.weights import Weight
+
+OWN = ("rank", "alpha", "dropout", "rslora")
+# What pages call B: most so; that of triplets is P, that between two planes the outermost; LoRETTA's has several cores.
+OUTER = ("b", "task_b", "p", "left_out")
+# By name and not by shape, as factors of which some entries train are stored as vectors too.
+VECTORS = ("d", "e", "l", "lower", "magnitude", "sigma", "task_sigma", "theta", "u", "upper", "v", "values")
+
+
+def _slug(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _places(value: Any) -> bool:
+    return value is None or fields.sites(LINEAR).metadata["check"](value) is None
 
 
 @method("lora_plus", paper="2402.12354", family="lowrank")
-class LoRAPlus(LoRA):
-    """LoRA with two learning rates; trains `rank * (in + out)` values a layer."""
+class LoRAPlus(WeightMethod):
+    """LoRA, or another method, with two learning rates; trains what that method trains."""
 
     default_lr = 5e-4
+    everywhere = ("over", "embedding_lr")
+    only = tuple((name, other, (value,)) for name in OWN for other, value in (("over", "lora"), ("inner", {})))
 
+    on: Any = fields.declared(None, "where it acts; none for the method's own places", "places or none", _places)
+    over: Any = fields.declared(
+        "lora", "the method that learns so, or its slug", "a method with factors A and B, or its slug", _slug
+    )
+    inner: dict[str, Any] = fields.mapping("hyper-parameters of that method; of lora in the place of the next four")
+    rank: int = fields.positive(8, "inner dimension r of lora")
+    alpha: float = fields.number(16.0, "numerator of lora's scale", above=0)
+    dropout: float = fields.fraction(0.0, "probability of dropping an input feature of lora's branch")
+    rslora: bool = fields.flag(False, "scale lora by alpha / sqrt(rank) instead of alpha / rank")
     b_lr_ratio: float = fields.number(16.0, "learning rate of B over that of A; 4 to 32 are useful", above=0)
+    embedding_lr: float = fields.number(1e-6, "learning rate of what trains at embeddings, not the run's", above=0)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.over, Method):
+            self._name(self.over)
+        elif _slug(self.over):
+            object.__setattr__(self, "over", find(self.over).slug)
+        super().__post_init__()
+        for name in ("on", "overrides", "b_lr_ratio"):
+            if name in self.inner:
+                raise ValueError(f"lora_plus: inner has {name}={self.inner[name]!r}; give lora_plus itself {name}=")
+        inner = self.trained
+        if any(isinstance(one, LoRAPlus) for one in (inner, *inner.made_of())):
+            raise ValueError(f"lora_plus: over={self.over!r} has a ratio already; name the method under it")
+        # What is true of the method is true of this; the class says what is true over lora.
+        for name in ("mergeable", "needs_data", "exact_at_start", "exact_gradient", "refuses"):
+            object.__setattr__(self, name, getattr(inner, name))
+
+    def _name(self, given: Method) -> None:
+        """Keep a method that was given itself by its slug and the hyper-parameters that are not its defaults."""
+        if self.inner:
+            raise ValueError(f"lora_plus: inner={self.inner!r} beside over={given!r}; give that its hyper-parameters")
+        usual = type(given)().settings()
+        own = {name: value for name, value in given.settings().items() if value != usual[name]}
+        if self.on is None:
+            object.__setattr__(self, "on", own.pop("on", None))
+        object.__setattr__(self, "over", given.slug)
+        object.__setattr__(self, "inner", own)
+
+    @property
+    def trained(self) -> Method:
+        """The method that learns so, with other hyper-parameters where overrides of ours say so."""
+        own = self.inner or ({name: getattr(self, name) for name in OWN} if self.over == "lora" else {})
+        plain = make(self.over, **own, **({} if self.on is None else {"on": self.on}))
+        usual, there = plain.settings(), {}
+        for pattern, other in self.overrides.items():
+            settings = dataclasses.replace(self, overrides={}, **other).trained.settings()
+            there[pattern] = {name: value for name, value in settings.items() if value != usual[name]}
+        return dataclasses.replace(plain, overrides=there) if any(there.values()) else plain
+
+    def measure(self, base: Anatomy, batches: Batches) -> Any:
+        return self.trained.measure(base, batches)
+
+    def shared(self, base: Anatomy) -> dict[str, Shared]:
+        return self.trained.shared(base)
+
+    def parts(self, base: Anatomy, shared: dict[str, Shared], measured: Any) -> Iterator[Placed]:
+        found = None
+        for item in self.trained.parts(base, shared, measured):
+            found = found or _has_outer(item.part)
+            yield item
+        if found is False:
+            raise ValueError(
+                f"lora_plus: over={self.over!r} trains no factor B, so none can be faster; take such as dora"
+            )
+
+    def rules(self) -> list[Rule]:
+        return self.trained.rules()
+
+    def group(self, name: str) -> dict[str, float]:
+        return self._faster(name, self.trained.group(name))
+
+    def group_of(self, name: str) -> dict[str, float]:
+        here = self.at(re.sub(r"(\.\d+)+$", "", name).rsplit(".", 2)[0])
+        assert isinstance(here, LoRAPlus)
+        return here._faster(name, self.trained.group_of(name))
+
+    def group_at(self, name: str, kind: str) -> dict[str, float]:
+        own = self.group_of(name)
+        return own | {"lr": self.embedding_lr} if kind == "embedding" else own
+
+    def _faster(self, name: str, own: dict[str, float]) -> dict[str, float]:
+        vector = _leaf(name) in VECTORS or name.endswith("bias")
+        if self.b_lr_ratio == 1.0 or not (vector or _is_outer(name)):
+            return own
+        rate = {"lr_scale": self.b_lr_ratio * own.get("lr_scale", 1.0)}
+        return own | rate | ({"weight_decay": 0.0} if vector else {})
+
+    def count(self, weight: Weight) -> int:
+        inner = self.trained
+        assert isinstance(inner, WeightMethod)
+        return inner.count(weight)
+
+    def made_of(self) -> list[Method]:
+        return [self.trained]
+
+
+def _leaf(name: str) -> str:
+    """A tensor's own name; of one of several cores, that of the whole."""
+    return re.sub(r"((\.|__)\d+)+$", "", name).rpartition(".")[2]
+
+
+def _is_outer(name: str) -> bool:
+    return _leaf(name) in OUTER or _leaf(name).startswith("b_")  # a bank's, with the layers that borrow it
+
+
+def _has_outer(part: Part) -> bool:
+    """Whether a B trains; butterflies, which are no factors, have a P too."""
+    factors = isinstance(getattr(part, "prototype", part), Factored)
+    names = [name for name, value in part.named_parameters() if value.requires_grad and _is_outer(name)]
+    return any(factors or _leaf(name) in ("b", "task_b") for name in names)

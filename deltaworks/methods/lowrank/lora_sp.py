@@ -2,8 +2,9 @@
 
 W' = W + s B A,  s = alpha / rank,  and a random half of the entries of A and of B never trains: those of A keep their
 random value, those of B stay zero. Trained entries are packed, so gradients, optimizer state and files are half of
-LoRA's; the rest is made again from a seed. No official code is published; the paper says "half at random", and `grain`
-offers three readings: entries, whole components (rows of A, columns of B), or one whole factor a layer.
+LoRA's; the rest is made again from a seed. No official code is published (the public repository LoRA-SP is another
+method's); the paper says "half at random", and `grain` offers three readings: entries, whole components (rows of A,
+columns of B), or one whole factor a layer. The rate is that of `lora`.
 Use it where the optimizer's state is what does not fit.
 """
 

@@ -3,6 +3,7 @@
 dW[o, j] = D[j mod r, o],  D: rank x out = 0.  Input features that are r apart are added up and meet one matrix: a LoRA
 whose A is [I I ... I], for the parameters of B alone, with no product as wide as the input.
 `mini` makes D `rank x mini`, repeated along the output. There is no alpha.
+The authors' scripts take a rate of 2e-5 for bases of billions of parameters; 2e-4 is for smaller ones and short runs.
 Use it where LoRA's step is too slow or too hungry.
 """
 

@@ -3,7 +3,7 @@
 W' = W + s B N A,  N: rank x rank,  s = alpha / rank.  `slora_structured` (SLoRA there) starts A and N Kaiming uniform
 and B = 0. `nlora` copies slices of the weight, A = W[:r], N = W[:r, :r], B = W[:, :r], and needs no decomposition; the
 authors' code neither inverts N nor subtracts the start, so the output moves a little at first: `nystrom="pinv"` and
-`subtract_start` do what the text suggests. `inttune` freezes the slices, trains N alone and stores nothing else.
+`subtract_init` do what the text suggests. `inttune` freezes the slices, trains N alone and stores nothing else.
 Use `nlora` instead of PiSSA when a decomposition is too slow, `inttune` for the smallest files.
 """
 
@@ -46,14 +46,14 @@ class NLoRA(WeightMethod):
     alpha: float | None = fields.number(None, "numerator of the scale alpha / rank; none for alpha = rank", above=0)
     dropout: float = fields.fraction(0.0, "probability of dropping an input feature of the branch")
     nystrom: str = fields.choice("raw", ["raw", "pinv"], "the middle: W[:r, :r] as it is, or its pseudo-inverse")
-    subtract_start: bool = fields.flag(False, "subtract the start, so that the output begins unchanged")
+    subtract_init: bool = fields.flag(False, "subtract the start, so that the output begins unchanged")
 
     def delta(self, weight: Weight) -> TriFactor:
         dense, r = weight.dense(), size(self.rank, weight)
         a, n, b = dense[:r].clone(), dense[:r, :r].clone(), dense[:, :r].clone()
         if self.nystrom == "pinv":
             n = torch.linalg.pinv(n)
-        start = {"a0": a.clone(), "b0": b @ n} if self.subtract_start else {}
+        start = {"a0": a.clone(), "b0": b @ n} if self.subtract_init else {}
         return TriFactor(a, n, b, scale=scale(self), dropout=self.dropout, **start)
 
     def count(self, weight: Weight) -> int:

@@ -3,6 +3,7 @@
 dW = s sum_n B_n diag(lambda_n) A diag(gamma_n),  N = ceil(min(in, out) / rank) random bases, frozen and shared by all
 layers;  lambda = 0 and gamma = 1 / max(N, min(in, out)) train,  s = alpha / rank. For in > out the sum is transposed.
 As in `peft`, bases are flattened basis-major in B and rank-major in A, which pairs random columns in another order.
+The official scripts take a rate of 1e-4 (2e-4 for GPT-2), the same as for LoRA; so is ours that of `lora`.
 Use it where low rank itself is the limit; a larger `rank` (of one basis) means fewer parameters.
 """
 

@@ -2,6 +2,7 @@
 
 W' = W + (alpha / sqrt(rank)) B A,  else as LoRA. Divided by the root, the branch and its gradients stay of one size as
 the rank grows; divided by the rank, as in LoRA, large ranks learn ever more slowly.
+The rate is that of `lora` at any rank, since the scale is there so that it need not change.
 Use it instead of LoRA from a rank of about 32 on.
 """
 

@@ -3,6 +3,9 @@
 W' = W + s B A  where all layers of one kind of projection have one trained A (`a`, the default), one B (`b`), or both
 (`ab`: the same change everywhere); `qkv` lets queries, keys and values of all layers share one A.
 A is Kaiming uniform, B = 0, s = alpha / rank; layers of one kind with different shapes are groups of their own.
+The published code shares among the queries and among the values of all layers (on Llama it adapts no others), and has
+no `qkv`, which is the paper's variant for self-attention: that keys join it, and B stays each layer's own, is our
+reading. Its scripts take a rate of 1e-4, for Llama of 8B; ours is that of `lora`, for smaller bases and short runs.
 Use it when even LoRA's parameters are too many, or when several tasks are learned in turn.
 """
 

@@ -80,6 +80,9 @@ class AutoPEFT(Method):
         seen = list(batches)
         return {slug: one.measure(base, seen) for slug, one in self.members.items() if one.needs_data}
 
+    def assumed(self, base: Anatomy) -> dict[str, Any]:
+        return {slug: one.assumed(base) for slug, one in self.members.items() if one.needs_data}
+
     def shared(self, base: Anatomy) -> dict[str, Shared]:
         lent: dict[str, Shared] = {}
         for slug, one in self.members.items():

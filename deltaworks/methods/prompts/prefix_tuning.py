@@ -134,5 +134,6 @@ class Tabulation(Rule):
     """Puts the table in the place of the MLP when training is over."""
 
     def finished(self, run: Run) -> None:
-        for name, part in list(run.tuned.of_kind(EncodedPrefix)):
-            run.tuned.exchange(name, part.tabulated())
+        for name, part in list(run.tuned.named_parts()):
+            if isinstance(part, EncodedPrefix):
+                run.tuned.exchange(name, part.tabulated())

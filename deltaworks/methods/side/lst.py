@@ -59,6 +59,9 @@ class LST(Method):
         names = [name for name, _ in base.model.named_parameters()]
         return {id(base.model.get_parameter(name)): value for name, value in fisher(base.model, names, batches).items()}
 
+    def assumed(self, base: Anatomy) -> None:
+        """Nothing: a start by magnitude has the same shapes."""
+
     def parts(self, base: Anatomy, shared: dict[str, Shared], measured: Any) -> Iterator[Placed]:
         entrances = self._entrances(base)
         total = min(len(stack.blocks) for stack in base.stacks)

@@ -19,6 +19,7 @@ from ...core.init import zeros
 from ...core.method import Batches, Method, Placed, label, weight_at
 from ...core.operators.offset import Offset
 from ...core.part import Shared
+from ...core.places import evenly
 from ...core.registry import method
 from ...model.anatomy import Anatomy, Site
 from ...statistics import fisher
@@ -51,6 +52,12 @@ class LayerNorm(Method):
         best[flat.sort(descending=True, stable=True).indices[:count]] = True
         parts = best.split([len(scores[names[site]]) for site in sites])
         return {site: part.nonzero().flatten() for site, part in zip(sites, parts, strict=True)}
+
+    def assumed(self, base: Anatomy) -> dict[Site, Tensor]:
+        sites = list(self._sites(base))
+        sizes = [weight_at(base.model, site).fan_out for site in sites]
+        count = max(1, round((self.share or 1.0) * sum(sizes)))
+        return dict(zip(sites, evenly(sizes, count), strict=True))
 
     def parts(self, base: Anatomy, shared: dict[str, Shared], measured: dict[Site, Tensor] | None) -> Iterator[Placed]:
         for site in self._sites(base):

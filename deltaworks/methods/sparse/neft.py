@@ -7,6 +7,7 @@ As in the official code, S is signed and computed in float32, and gates take par
 Use it when a task needs more than low rank but may touch few neurons: the selection itself says where the task lives.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -17,6 +18,7 @@ from ...core.init import zeros
 from ...core.method import Batches, Method, Placed, label, weight_at
 from ...core.operators.neurons import Neurons
 from ...core.part import Shared
+from ...core.places import evenly
 from ...core.registry import method
 from ...core.tuned import base_size
 from ...model.anatomy import Anatomy, Site
@@ -49,11 +51,17 @@ class NeFT(Method):
 
         scores = probe(base.model, batches, read, steps=self.probe_steps, lr=self.probe_lr)
         flat = torch.cat(scores)
-        wanted = self.neurons if self.neurons is not None else self._wanted(base, sites)
         chosen = torch.zeros(len(flat), dtype=torch.bool)
-        chosen[flat.sort(stable=True).indices[: min(wanted, len(flat))]] = True
+        chosen[flat.sort(stable=True).indices[: min(self._wanted(base, sites), len(flat))]] = True
         parts = chosen.split([len(one) for one in scores])
         return {site: part.nonzero().flatten() for site, part in zip(sites, parts, strict=True) if part.any()}
+
+    def assumed(self, base: Anatomy) -> dict[Site, Tensor]:
+        sites = self._sites(base)
+        shapes = [weight_at(base.model, site).shape for site in sites]
+        sizes = [math.prod(s[:-2]) * s[-1 if _is_out(site) else -2] for s, site in zip(shapes, sites, strict=True)]
+        chosen = zip(sites, evenly(sizes, self._wanted(base, sites)), strict=True)
+        return {site: index for site, index in chosen if len(index)}
 
     def parts(self, base: Anatomy, shared: dict[str, Shared], measured: dict[Site, Tensor]) -> Iterator[Placed]:
         for site, index in measured.items():
@@ -79,6 +87,8 @@ class NeFT(Method):
         return cosines(before.flatten(0, -2), now.flatten(0, -2)).cpu()
 
     def _wanted(self, base: Anatomy, sites: list[Site]) -> int:
+        if self.neurons is not None:
+            return self.neurons
         weight = weight_at(base.model, sites[0])
         length = weight.fan_out if _is_out(sites[0]) else weight.fan_in
         return max(1, round(self.share * base_size(base.model) / length))

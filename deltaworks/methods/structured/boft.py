@@ -3,7 +3,8 @@
 W' = s (W R^T),  R = M_(m-1) ... M_0,  stage i pairs half-blocks h and h + 2^i and turns each pair by a b x b Cayley
 rotation of (P^T - P) / 2;  P = 0 and s = 1 at the start. m = 1 is OFT; with enough stages R has no zero.
 Stages are applied to the input by index arithmetic; neither R nor a permutation matrix is formed, and no extension is
-needed (without one, `peft` silently takes m = 1).
+needed (without one, `peft` silently takes m = 1). The authors' code is that of `peft`, whose examples for diffusion
+models take rates of 1e-5 and 3e-5; ours is for language models.
 Use it instead of OFT when blocks should mix: few values, yet every input feature reaches every other.
 """
 

@@ -2,7 +2,8 @@
 
 dW^T = s conv_transpose2d(a^T b^T, K, stride d),  a: 1 x in/d, b: out/d x 1, K: d x d, all ~ N(0, 0.02^2), s = alpha /
 (1 + 1e-5), and a penalty that holds a and b at length one. The start is nearly, not exactly, the base; `zero_kernel`
-makes it so (ours). The official code fixes d = 2; here d is reduced to what divides the layer.
+makes it so (ours). The official code fixes d = 2; here d is reduced to what divides the layer. It comes without
+scripts, so 1 as the divisor of the scale is our reading; rate and penalty are AdaLoRA's, whose recipe the paper takes.
 Use it when even a rank-one LoRA has too many parameters: it needs a d-th of them, plus d^2.
 """
 

@@ -3,7 +3,8 @@
 W' = W H_1 H_2 ... H_r,  H_i = I - 2 u_i u_i^T,  u_i unit vectors. They start in equal pairs, whose reflections cancel,
 so r is even; trained are columns that are normalised when used, as long at first as those of `peft` (Kaiming uniform,
 fan-in r / 2). `penalty` adds lambda sum ||I - U^T U||_F^2, which drives the pairs apart; the paper takes 1e-5 to 1e-3
-(`peft` has none). `strict` is its limit: columns made orthogonal, W' = W (I - 2 U U^T), which cannot start at W.
+(`peft` has none; rates in the authors' scripts are 1e-5 for LLaMA, 1e-4 for diffusion, 8e-4 to 3e-3 for GLUE). `strict`
+is its limit: columns made orthogonal, W' = W (I - 2 U U^T), which cannot start at W.
 Use it to stay close to pre-training: every angle and length among the weight's rows is kept.
 """
 

@@ -2,7 +2,7 @@
 
 dW = s kron(A, B),  A: a1 x a2 ~ Kaiming uniform, B: b1 x b2 = 0,  a1 b1 = out, a2 b2 = in. The sides nearest to square,
 one smaller first and one larger first, make A and B of one size, `a1 a2 + b1 b2` values, the fewest there can be.
-There is no public code; the scale is tuned from 1 to 16 in the paper.
+There is no public code, so the rate is ours; the scale is tuned from 1 to 16 in the paper.
 Use it for tiny adapters of full rank.
 """
 

@@ -6,6 +6,7 @@ Monarch matrix to W, then trained, the paper's dense-to-sparse fine-tuning; R is
 out) / (K L). At a width of 768 it is 48 for K = L = 4, half of the weight's values, and 1 for `blocks=[32, 24]`. The
 official projection knows square layers and R = 1 only; here every strided block is cut to rank R, for any shape.
 `densify=0.9` is the paper's sparse-to-dense: for the rest of the steps M is multiplied out and all its entries train.
+(In the authors' scripts for BERT the first of two phases is sparse, 7038 of 8601 steps, and the second dense.)
 Use delta for high rank at low cost, project to make a model smaller while tuning it.
 """
 

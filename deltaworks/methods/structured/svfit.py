@@ -2,7 +2,8 @@
 
 W = U S V^T;  W' = W + U_r diag(d) V_r^T,  d = 0 at the start: the first r singular values move, the vectors stay.
 The paper's frozen residual W - U_r S_r V_r^T never has to exist. r is given, or the fewest values that hold the share
-`energy` of the sum of squares (the paper names a share; squares are our reading), or all. No public code was found.
+`energy` of the sum of squares (the paper names a share; squares are our reading), or all. No public code was found:
+the rate is ours, and that there is neither a scale nor a bound on the values.
 Use it when an adapter may hold a few hundred numbers a layer and the base's own directions are enough.
 """
 
