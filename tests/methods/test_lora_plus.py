@@ -151,7 +151,7 @@ def test_a_method_is_given_itself_or_by_its_slug() -> None:
     assert [one.a.shape[0] for one in dw.attach(net()[0], given).parts()] == [2, 4]
     assert dw.LoRAPlus(over="DoRA", inner={"rank": 4}) == dw.method("lora-plus", over="dora", inner='{"rank": 4}')
     assert part(attach(net()[0], dw.LoRAPlus, over=dw.LoRA(rank=3, rslora=True))).scale == 16 / 3**0.5
-    assert dw.LoRAPlus().trained == dw.LoRA() and dw.LoRAPlus(rank=4, on="mlp").trained == dw.LoRA(rank=4, on="mlp")
+    assert dw.LoRAPlus().under == dw.LoRA() and dw.LoRAPlus(rank=4, on="mlp").under == dw.LoRA(rank=4, on="mlp")
 
 
 @pytest.mark.parametrize("ratio", [1.0, 16.0])
@@ -198,7 +198,7 @@ def test_recipes_name_the_method_as_others() -> None:
     ("settings", "message"),
     [
         ({"over": "nothing"}, "there is no method 'nothing'"),
-        ({"over": 3}, "over=3 is not allowed; it must be a method with factors A and B, or its slug"),
+        ({"over": 3}, "over=3 is not allowed; it must be a method or its slug"),
         ({"over": "lora_plus"}, "over='lora_plus' has a ratio already"),
         ({"over": "capaboost", "inner": {"over": "lora_plus"}}, "over='capaboost' has a ratio already"),
         ({"over": "dora", "rank": 4}, "rank=4 is for over='lora', not dora"),

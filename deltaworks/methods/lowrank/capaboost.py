@@ -18,12 +18,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...core import fields
-from ...core.method import LINEAR, Method, Placed, WeightMethod, weight_at
+from ...core.method import Placed, weight_at
 from ...core.operators.boosted import has_matrices, masked_copies
 from ...core.operators.boosted_prefix import boosted_encoder
 from ...core.operators.masks import PATTERNS, Masks
+from ...core.over import Over
 from ...core.part import Part, Shared
-from ...core.registry import make, method
+from ...core.registry import method
 from ...core.rule import Rule
 from ...model.anatomy import Anatomy
 from ...model.weights import Weight
@@ -31,24 +32,12 @@ from ...model.weights import Weight
 WHILE_TRAINING = ("attached", "step_begin", "gradients", "step_end", "epoch_end", "penalty", "own_step")
 
 
-def _slug(value: Any) -> str | None:
-    return None if isinstance(value, str) and value else "the slug of a method"
-
-
-def _places(value: Any) -> str | None:
-    return None if value is None else fields.sites(LINEAR).metadata["check"](value)
-
-
 @method("capaboost", paper="2407.01320", family="lowrank")
-class CapaBoost(WeightMethod):
+class CapaBoost(Over):
     """Masked copies of another method's change; trains what that method trains."""
 
     default_lr = 5e-4
-    everywhere = ("over",)
 
-    on: Any = fields.field(None, "where it acts; none for the boosted method's own places", _places, "places or none")
-    over: str = fields.field("lora", "slug of the method that is boosted", _slug, "the slug of a method")
-    inner: dict[str, Any] = fields.mapping("hyper-parameters of that method")
     copies: int = fields.positive(2, "d, number of masked copies")
     density: float = fields.number(0.5, "share of the entries that a mask keeps", above=0, high=1)
     pattern: str = fields.choice("equal", PATTERNS, "entries kept anywhere, or 2 of every 4 neighbours (density 0.5)")
@@ -58,35 +47,18 @@ class CapaBoost(WeightMethod):
         super().__post_init__()
         if self.pattern == "nm" and self.density != 0.5:
             raise ValueError(f"capaboost: pattern=nm keeps half of the entries, density={self.density:g} was given")
-        for name in ("on", "overrides"):
-            if name in self.inner:
-                raise ValueError(f"capaboost: inner has {name}={self.inner[name]!r}; give capaboost itself {name}=")
-        inner = self.boosted
-        if isinstance(inner, CapaBoost) or inner.needs_data or any(map(_acts, inner.rules())):
+        if isinstance(self.under, CapaBoost) or self.needs_data or any(map(_acts, self.rules())):
             raise ValueError(
                 f"capaboost: over={self.over!r} cannot be boosted; take a method that needs neither data nor rules in "
                 "training, such as lora or houlsby"
             )
-        # What is true of the boosted method is true of this; the class says what is true over lora.
-        for name in ("mergeable", "exact_at_start", "exact_gradient"):
-            object.__setattr__(self, name, getattr(inner, name))
-
-    @property
-    def boosted(self) -> Method:
-        """The method whose change is copied, with other hyper-parameters where overrides of ours say so."""
-        plain = make(self.over, **self.inner, **({} if self.on is None else {"on": self.on}))
-        usual, there = plain.settings(), {}
-        for pattern, own in self.overrides.items():
-            settings = dataclasses.replace(self, overrides={}, **own).boosted.settings()
-            there[pattern] = {name: value for name, value in settings.items() if value != usual[name]}
-        return dataclasses.replace(plain, overrides=there) if any(there.values()) else plain
 
     def shared(self, base: Anatomy) -> dict[str, Shared]:
-        return {key: boosted_encoder(lent, self._masks(key)) for key, lent in self.boosted.shared(base).items()}
+        return {key: boosted_encoder(lent, self._masks(key)) for key, lent in super().shared(base).items()}
 
     def parts(self, base: Anatomy, shared: dict[str, Shared], measured: Any) -> Iterator[Placed]:
         found = None
-        for item in self.boosted.parts(base, shared, measured):
+        for item in super().parts(base, shared, measured):
             weight, here = weight_at(base.model, item.site), self.at(item.site.path)
             boosts = has_matrices(item.part, weight)
             found = found or boosts
@@ -106,23 +78,6 @@ class CapaBoost(WeightMethod):
 
     def _masks(self, owner: str) -> Masks:
         return self.copies, self.density, self.pattern, zlib.crc32(f"{self.seed} {owner}".encode())
-
-    def rules(self) -> list[Rule]:
-        return self.boosted.rules()
-
-    def group(self, name: str) -> dict[str, float]:
-        return self.boosted.group(name)
-
-    def group_of(self, name: str) -> dict[str, float]:
-        return self.boosted.group_of(name)
-
-    def count(self, weight: Weight) -> int:
-        inner = self.boosted
-        assert isinstance(inner, WeightMethod)
-        return inner.count(weight)
-
-    def made_of(self) -> list[Method]:
-        return [self.boosted]
 
 
 def _acts(rule: Rule) -> bool:

@@ -10,19 +10,17 @@ Use it for LoRA's result in fewer steps, over another method (`over=`, with its 
 method's; larger ratios for tasks that are further from pre-training.
 """
 
-import dataclasses
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from ...core import fields
-from ...core.method import LINEAR, Batches, Method, Placed, WeightMethod
+from ...core.method import Placed
 from ...core.operators.low_rank import Factored
+from ...core.over import Over
 from ...core.part import Part, Shared
-from ...core.registry import find, make, method
-from ...core.rule import Rule
+from ...core.registry import method
 from ...model.anatomy import Anatomy
-from ...model.weights import Weight
 
 OWN = ("rank", "alpha", "dropout", "rslora")
 # What pages call B: most so; that of triplets is P, that between two planes the outermost; LoRETTA's has several cores.
@@ -31,27 +29,15 @@ OUTER = ("b", "task_b", "p", "left_out")
 VECTORS = ("d", "e", "l", "lower", "magnitude", "sigma", "task_sigma", "theta", "u", "upper", "v", "values")
 
 
-def _slug(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
-def _places(value: Any) -> bool:
-    return value is None or fields.sites(LINEAR).metadata["check"](value) is None
-
-
 @method("lora_plus", paper="2402.12354", family="lowrank")
-class LoRAPlus(WeightMethod):
+class LoRAPlus(Over):
     """LoRA, or another method, with two learning rates; trains what that method trains."""
 
     default_lr = 5e-4
-    everywhere = ("over", "embedding_lr")
+    everywhere = (*Over.everywhere, "embedding_lr")
+    ours = (*Over.ours, "b_lr_ratio")
     only = tuple((name, other, (value,)) for name in OWN for other, value in (("over", "lora"), ("inner", {})))
 
-    on: Any = fields.declared(None, "where it acts; none for the method's own places", "places or none", _places)
-    over: Any = fields.declared(
-        "lora", "the method that learns so, or its slug", "a method with factors A and B, or its slug", _slug
-    )
-    inner: dict[str, Any] = fields.mapping("hyper-parameters of that method; of lora in the place of the next four")
     rank: int = fields.positive(8, "inner dimension r of lora")
     alpha: float = fields.number(16.0, "numerator of lora's scale", above=0)
     dropout: float = fields.fraction(0.0, "probability of dropping an input feature of lora's branch")
@@ -60,52 +46,16 @@ class LoRAPlus(WeightMethod):
     embedding_lr: float = fields.number(1e-6, "learning rate of what trains at embeddings, not the run's", above=0)
 
     def __post_init__(self) -> None:
-        if isinstance(self.over, Method):
-            self._name(self.over)
-        elif _slug(self.over):
-            object.__setattr__(self, "over", find(self.over).slug)
         super().__post_init__()
-        for name in ("on", "overrides", "b_lr_ratio"):
-            if name in self.inner:
-                raise ValueError(f"lora_plus: inner has {name}={self.inner[name]!r}; give lora_plus itself {name}=")
-        inner = self.trained
-        if any(isinstance(one, LoRAPlus) for one in (inner, *inner.made_of())):
+        if any(isinstance(one, LoRAPlus) for one in (self.under, *self.under.made_of())):
             raise ValueError(f"lora_plus: over={self.over!r} has a ratio already; name the method under it")
-        # What is true of the method is true of this; the class says what is true over lora.
-        for name in ("mergeable", "needs_data", "exact_at_start", "exact_gradient", "refuses"):
-            object.__setattr__(self, name, getattr(inner, name))
 
-    def _name(self, given: Method) -> None:
-        """Keep a method that was given itself by its slug and the hyper-parameters that are not its defaults."""
-        if self.inner:
-            raise ValueError(f"lora_plus: inner={self.inner!r} beside over={given!r}; give that its hyper-parameters")
-        usual = type(given)().settings()
-        own = {name: value for name, value in given.settings().items() if value != usual[name]}
-        if self.on is None:
-            object.__setattr__(self, "on", own.pop("on", None))
-        object.__setattr__(self, "over", given.slug)
-        object.__setattr__(self, "inner", own)
-
-    @property
-    def trained(self) -> Method:
-        """The method that learns so, with other hyper-parameters where overrides of ours say so."""
-        own = self.inner or ({name: getattr(self, name) for name in OWN} if self.over == "lora" else {})
-        plain = make(self.over, **own, **({} if self.on is None else {"on": self.on}))
-        usual, there = plain.settings(), {}
-        for pattern, other in self.overrides.items():
-            settings = dataclasses.replace(self, overrides={}, **other).trained.settings()
-            there[pattern] = {name: value for name, value in settings.items() if value != usual[name]}
-        return dataclasses.replace(plain, overrides=there) if any(there.values()) else plain
-
-    def measure(self, base: Anatomy, batches: Batches) -> Any:
-        return self.trained.measure(base, batches)
-
-    def shared(self, base: Anatomy) -> dict[str, Shared]:
-        return self.trained.shared(base)
+    def given(self) -> dict[str, Any]:
+        return self.inner or ({name: getattr(self, name) for name in OWN} if self.over == "lora" else {})
 
     def parts(self, base: Anatomy, shared: dict[str, Shared], measured: Any) -> Iterator[Placed]:
         found = None
-        for item in self.trained.parts(base, shared, measured):
+        for item in super().parts(base, shared, measured):
             found = found or _has_outer(item.part)
             yield item
         if found is False:
@@ -113,16 +63,13 @@ class LoRAPlus(WeightMethod):
                 f"lora_plus: over={self.over!r} trains no factor B, so none can be faster; take such as dora"
             )
 
-    def rules(self) -> list[Rule]:
-        return self.trained.rules()
-
     def group(self, name: str) -> dict[str, float]:
-        return self._faster(name, self.trained.group(name))
+        return self._faster(name, super().group(name))
 
     def group_of(self, name: str) -> dict[str, float]:
         here = self.at(re.sub(r"(\.\d+)+$", "", name).rsplit(".", 2)[0])
         assert isinstance(here, LoRAPlus)
-        return here._faster(name, self.trained.group_of(name))
+        return here._faster(name, super().group_of(name))
 
     def group_at(self, name: str, kind: str) -> dict[str, float]:
         own = self.group_of(name)
@@ -134,14 +81,6 @@ class LoRAPlus(WeightMethod):
             return own
         rate = {"lr_scale": self.b_lr_ratio * own.get("lr_scale", 1.0)}
         return own | rate | ({"weight_decay": 0.0} if vector else {})
-
-    def count(self, weight: Weight) -> int:
-        inner = self.trained
-        assert isinstance(inner, WeightMethod)
-        return inner.count(weight)
-
-    def made_of(self) -> list[Method]:
-        return [self.trained]
 
 
 def _leaf(name: str) -> str:
