@@ -40,7 +40,7 @@ class Method:
         needs_data: `measure` must run before `parts`.
         exact_at_start: the output right after attaching is the base's.
         exact_gradient: the gradient is the derivative of the loss (not so where the paper detaches something).
-        default_lr: a learning rate to begin with, the paper's or the field's usual one.
+        default_lr: a learning rate to begin with, the paper's or the field's usual one; an instance may have its own.
         refuses: kinds of bases it cannot work on, as the tests name them; everything else it must.
         overridable: `overrides` mean something to it.
         everywhere: hyper-parameters that its rules and shared tensors read, so that no override may change them.

@@ -55,6 +55,8 @@ class Over(WeightMethod):
         under = self.under
         for name in ("mergeable", "needs_data", "exact_at_start", "exact_gradient", "refuses"):
             object.__setattr__(self, name, getattr(under, name))
+        if self.over != type(self).over:
+            object.__setattr__(self, "default_lr", under.default_lr)
 
     def _name(self, given: Method) -> None:
         if self.inner:

@@ -209,7 +209,7 @@ class _Comparing:
         for job in jobs:
             if "lr" not in job.entry.keys and "lr" not in job.cell.keys:
                 alike[(self.study.rate_place(job.cell), job.entry.name)].append(job)
-        searches = {place: Rates(find(group[0].entry.slug).default_lr, tries, given) for place, group in alike.items()}
+        searches = {place: Rates(group[0].entry.made().default_lr, tries, given) for place, group in alike.items()}
         while True:
             asked = {place: rate for place, search in searches.items() if (rate := search.ask()) is not None}
             if not asked:

@@ -25,7 +25,8 @@ from typing import Any, ClassVar
 import yaml
 
 from ..core import fields
-from ..core.registry import find, methods
+from ..core.method import Method
+from ..core.registry import find, make, methods
 from ..training import yaml_file
 from ..training.recipe import Recipe
 from . import memory
@@ -69,6 +70,10 @@ class Entry:
     @property
     def slug(self) -> str:
         return self.keys["method"]
+
+    def made(self) -> Method:
+        """The method with its hyper-parameters."""
+        return make(self.slug, **self.keys.get("settings", {}))
 
 
 @dataclass(frozen=True)

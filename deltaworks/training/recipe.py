@@ -127,7 +127,7 @@ class Recipe:
             self,
             settings=fields.parse(find(self.method), self.settings),
             epochs=1.0 if self.steps is None and self.epochs is None else self.epochs,
-            lr=find(self.method).default_lr if self.lr is None else self.lr,
+            lr=self.made().default_lr if self.lr is None else self.lr,
             output=self.output or os.path.join("runs", f"{name}-{find(self.method).slug}"),
         )
 

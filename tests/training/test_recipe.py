@@ -43,6 +43,20 @@ def test_the_learning_rate_is_the_methods_own() -> None:
     assert Recipe(method="full", lr=3e-4).complete().lr == 3e-4
 
 
+def test_the_learning_rate_is_that_of_the_methods_settings() -> None:
+    for slug, settings, rate in (
+        ("svft", {}, 5e-2),
+        ("svft", {"pattern": "banded"}, 5e-3),
+        ("capaboost", {}, 5e-4),
+        ("capaboost", {"over": "svft"}, 5e-2),
+        ("lora_plus", {}, 5e-4),
+        ("lora_plus", {"over": "qlora"}, 1e-4),
+        ("mezo", {}, 1e-6),
+        ("mezo", {"over": "lora"}, 5e-5),
+    ):
+        assert Recipe(method=slug, settings=settings).complete().lr == rate
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

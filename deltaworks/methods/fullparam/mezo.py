@@ -19,6 +19,7 @@ from ...core.zeroth_order import ZerothOrder
 from ...model.anatomy import Anatomy
 
 EPS = {"full": 1e-3, "lora": 1e-2, "prefix_tuning": 1e-1}
+RATES = {"lora": 5e-5, "prefix_tuning": 1e-3}
 
 
 @method("mezo", paper="2305.17333", family="fullparam")
@@ -43,6 +44,7 @@ class MeZO(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.inner  # a wrong name or setting must show here, not when attaching
+        object.__setattr__(self, "default_lr", RATES.get(self.over, type(self).default_lr))
 
     @property
     def inner(self) -> Method:

@@ -49,6 +49,7 @@ class LoRAPlus(Over):
         super().__post_init__()
         if any(isinstance(one, LoRAPlus) for one in (self.under, *self.under.made_of())):
             raise ValueError(f"lora_plus: over={self.over!r} has a ratio already; name the method under it")
+        object.__setattr__(self, "default_lr", self.under.default_lr / 2)
 
     def given(self) -> dict[str, Any]:
         return self.inner or ({name: getattr(self, name) for name in OWN} if self.over == "lora" else {})

@@ -4,7 +4,7 @@ W = U S V^T, n = min(in, out);  W' = W + g U M V^T with M n x n, zero outside a 
 a band (`banded`), as many entries anywhere (`random`), or those with the largest u_i . v_j (`top`, square layers only).
 M = 0 and g = 1; `start="normal"` is the authors' code: N(0, 2 / k) under a trained gate, g = sigmoid(0) = 1/2, which
 changes the output. Their code draws random entries with repetition and takes wrong products for `top`; this does not.
-In their scripts the diagonal has a rate of 5e-2, a band or `top` 5e-3, random entries either; ours, for all, is 5e-3.
+As in their scripts the diagonal has a rate of 5e-2, a band or `top` 5e-3; random entries have either there, 5e-3 here.
 Use it for LoRA's quality with a fraction of its trained values; the bases take twice the weight's memory.
 """
 
@@ -25,13 +25,18 @@ from ...model.weights import Weight
 class SVFT(WeightMethod):
     """A sparse matrix between singular vectors; trains n values a layer, or `n (2 d + 1) - d (d + 1)`."""
 
-    default_lr = 5e-3
+    default_lr = 5e-2
     only = (("band", "pattern", ("banded", "random", "top")), ("seed", "pattern", ("random",)))
 
     pattern: str = fields.choice("plain", ["plain", "banded", "random", "top"], "which entries of M train")
     band: int = fields.positive(2, "d: entries with |i - j| <= d, or as many elsewhere; not for plain")
     start: str = fields.choice("zeros", ["zeros", "normal"], "zeros (no gate), or normal under a trained gate")
     seed: int = fields.whole(0, "of the entries; random only")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pattern != "plain":
+            object.__setattr__(self, "default_lr", 5e-3)
 
     def delta(self, weight: Weight) -> Singular:
         n, size = min(weight.fan_in, weight.fan_out), (weight.fan_out, weight.fan_in)
