@@ -111,7 +111,8 @@ def sides(shape: dict[str, Any], methods: list[str] | None, alone: bool = False)
             found[f"lycoris {slug}"] = shape | {"side": "lycoris", "settings": LYCORIS[slug], "targets": targets}
     if "ours lora" in found:
         found[f"ours {LEAN_LOSS}"] = found["ours lora"] | {"loss": "tune"}
-        found[f"ours {LOW}"], found[f"peft {LOW}"] = found["ours lora"], found["peft lora"] | {"low": True}
+        if not alone:
+            found[f"ours {LOW}"], found[f"peft {LOW}"] = found["ours lora"], found["peft lora"] | {"low": True}
     return {name: side for name, side in found.items() if not (alone and name.startswith(("peft ", "lycoris ")))}
 
 

@@ -58,8 +58,8 @@ GRID = (
     "as well as both on `functions` and 0.05 worse, at the edge of the intervals, on `docstrings`. That A alone is "
     "clearly worse does not come out: it is level with B alone. Nor does twice the rank pay for its parameters: it "
     "fits the trained rows best and has nothing held out to show for it. Gaps can be compared within one rate only: "
-    "those of both are the smallest because they took the lower rate, by a hair in the further seed. A tiny base, few "
-    "rows and two rates rank no methods."
+    "at the lower one, which both took from every start, they are smaller than those of the one arm of A that took it "
+    "too (`he`); of B there is none at that rate. A tiny base, few rows and two rates rank no methods."
 )
 LEARNT = (
     "Trained A's stay where they started, whatever the task: of one start they all but coincide, of two they are as "

@@ -85,7 +85,7 @@ def run(slug: str, seed: int, work: Work) -> dict[str, Any]:
     result: dict[str, Any] = {}
     if seed == 0:
         result = costs(model, tuned, next(work.batches(0)), work)
-    rate = type(method).default_lr
+    rate = method.default_lr
     optimizer = torch.optim.AdamW(tuned.parameter_groups(rate))
     rules = tuned.run(STEPS, seed=seed, optimizer=optimizer)
     rules.emit("attached")

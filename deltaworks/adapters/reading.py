@@ -107,8 +107,8 @@ class Reader:
         found = starts.as_kept(self.starts.get((item["path"], item["label"]), {}), tensors)
         if not found or starts.digest(found) != mark:
             raise ValueError(
-                "the start that was left out is another on this base and machine; load it where it was saved, or save "
-                'it there with start="values"'
+                "the start that was left out is another on this base, device or machine; load it where it was made, or "
+                'save it there with start="values"'
             )
         return tensors | found
 

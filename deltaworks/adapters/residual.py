@@ -10,13 +10,14 @@ import copy
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..core.attach import detach, state_of, tuned
 from ..core.method import weight_at
-from ..core.part import Part
+from ..core.part import Module, Part
 from ..core.tuned import Tuned
 from ..model.weights import is_quantised
 from . import native
@@ -30,7 +31,7 @@ BASE = "model.safetensors"
 
 
 @torch.no_grad()
-def export_residual(model: nn.Module | Tuned, path: str | Path, *, name: str | None = None) -> Path:
+def export_residual(model: nn.Module | Tuned, path: str | Path, *, name: str | None = None, beside: Any = None) -> Path:
     """Write a base without an adapter's start, and the adapter without it, as one folder.
 
     The base is written by its own `save_pretrained`, or as a state dict in `model.safetensors`; it is rounded as its
@@ -41,6 +42,7 @@ def export_residual(model: nn.Module | Tuned, path: str | Path, *, name: str | N
         model: the adapted model, or the handle `attach` gave; it stays as it is.
         path: the folder, which must not exist.
         name: which adapter; the last one attached when there are several and none is named.
+        beside: what is saved with it by its own `save_pretrained`, such as a tokenizer.
 
     Returns:
         The folder.
@@ -71,7 +73,9 @@ def export_residual(model: nn.Module | Tuned, path: str | Path, *, name: str | N
         if hasattr(base, "save_pretrained"):
             base.save_pretrained(folder)  # type: ignore[operator]
         else:
-            write_tensors(folder / BASE, base.state_dict())
+            write_tensors(folder / BASE, base.state_dict(), finite=False)
+        if beside is not None:
+            beside.save_pretrained(folder)
     return Path(path)
 
 
@@ -86,7 +90,7 @@ def _check(handle: Tuned) -> None:
     for part in handle.parts():
         if start_of(part.tensors()):
             moving.append(part)
-        else:
+        elif not isinstance(part, Module):  # which acts on activations
             staying.add((part.site.path, part.site.parameter or "weight"))
     if not moving:
         raise ValueError(f"{slug}: no part subtracts a start, so the base is its own residual; call dw.save")

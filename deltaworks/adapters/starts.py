@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
 from math import prod
 from typing import Any
 
@@ -23,10 +24,9 @@ from ..core.experts import PerExpert
 from ..core.method import Method
 from ..core.operators.chain import Chain
 from ..core.operators.low_rank import LowRank
-from ..core.part import PARTS, Part
+from ..core.part import Part
 from ..core.tuned import Tuned
 from ..model.anatomy import describe
-from ..model.kinds import base_modules
 from .native import Values, tensor_name
 from .weights import whole
 
@@ -74,7 +74,8 @@ def leave_out(handle: Tuned, config: dict[str, Any], values: Values) -> None:
             continue
         mark = digest(start)
         if mark != digest(as_kept(made.get((item["path"], item["label"]), {}), tensors)):
-            seen = "it was attached without a seed" if adapter.seed is None else f"seed={adapter.seed} gives another"
+            seen = f"seed={adapter.seed} gives another on this base and device"
+            seen = "it was attached without a seed" if adapter.seed is None else seen
             raise ValueError(f"{slug}: the start of {part.site.name} cannot be made again, {seen}; {instead}")
         item["start"] = mark
         for inner in start:
@@ -97,16 +98,18 @@ def again(model: nn.Module, method: Method, seed: int | None) -> dict[tuple[str,
     slug = method.slug
     if method.needs_data:
         raise ValueError(f'{slug}: its start comes from data and cannot be made again; save it with start="values"')
-    for name, value in _numbers(method.settings()):
+    for name, value in (pair for one in _all(method) for pair in _numbers(one.settings())):
         if "seed" not in name and abs(value) > LARGEST:
             raise ValueError(f"{slug}: {name}={value} is no size that a start can be made again with")
     try:
         with disable(model), torch.random.fork_rng(devices=[]):
             base = describe(model)
-            _try_patterns(model, method)
             torch.default_generator.manual_seed(seed or 0)
-            with _Modest(model):
-                placed = list(method.parts(base, method.shared(base), None))
+            placed = []
+            with _Modest(model) as modest:
+                for item in method.parts(base, method.shared(base), None):
+                    placed.append(item)
+                    modest.steps = modest.each
     except ValueError:
         raise
     except Exception as error:  # whatever a page makes of a base, or of numbers, that it was not written for
@@ -122,13 +125,19 @@ def without_start(part: Part) -> Part:
         settings["inner"] = inner = dict(part.inner)
     if "subtract" in inner:
         inner["subtract"] = False
-    kind = type(part)
-    if isinstance(part, PerExpert) and part.kind == Chain.__name__:
-        settings["kind"] = LowRank.__name__  # a chain is one that has finished links
-    kind = LowRank if kind is Chain else kind
+    if settings.get("kind") == Chain.__name__:  # a chain is one that has finished links
+        settings["kind"] = LowRank.__name__
+    kind = LowRank if isinstance(part, Chain) else type(part)
     tensors = part.tensors()
     kept = {name: value.detach().clone() for name, value in tensors.items() if name not in start_of(tensors)}
-    return PARTS[kind.__name__].remade(settings, kept, {key: part.get_submodule(key) for key in part.borrowed})
+    return kind.remade(settings, kept, {key: part.get_submodule(key) for key in part.borrowed})
+
+
+def _all(method: Method) -> Iterator[Method]:
+    """A method and those it is made of, which have read the numbers that were given as text."""
+    yield method
+    for one in method.made_of():
+        yield from _all(one)
 
 
 def _numbers(settings: Any, name: str = "") -> list[tuple[str, int]]:
@@ -140,30 +149,19 @@ def _numbers(settings: Any, name: str = "") -> list[tuple[str, int]]:
     return [(name, settings)] if type(settings) is int else []
 
 
-def _try_patterns(model: nn.Module, method: Method) -> None:
-    """Whether a method's patterns find what they search in time; a file may hold one that would search for ever."""
-    from .peft.targets import matches  # which is built on the reader of our own files
-
-    on = getattr(method, "on", ())
-    members = on if isinstance(on, (list, tuple)) else [on]
-    for pattern in (*(member for member in members if isinstance(member, str)), *method.overrides):
-        for path, _ in base_modules(model):
-            matches(rf"(.*\.)?({pattern})$", path)
-
-
 class _Modest(TorchDispatchMode):
     """Within it, so many operations may run and so many values be drawn or filled as starts of a base can need."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         shapes = [parameter.shape for parameter in model.parameters()]
-        self.steps = STEPS * sum(shape[0] if len(shape) == 3 else 1 for shape in shapes)
+        self.steps = self.each = STEPS * max((shape[0] for shape in shapes if len(shape) == 3), default=1)
         self.values = 4 * sum(map(prod, shapes)) + (1 << 26)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.steps -= 1
         if not any(isinstance(arg, Tensor) for arg in args):
-            sizes = args[0] if args and isinstance(args[0], (list, tuple)) else args[:2]
+            sizes = next((arg for arg in args if isinstance(arg, (list, tuple))), args[:2])
             self.values -= prod(max(size, 1) for size in sizes if type(size) is int)
         if self.steps < 0 or self.values < 0:
             raise ValueError("the hyper-parameters ask for more than any start of this base takes")

@@ -142,18 +142,23 @@ def _values(file: Path, name: str, entry: Entry, stream: BufferedReader) -> Tens
     return values
 
 
-def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(file: Path, tensors: dict[str, Tensor], *, finite: bool = True) -> None:
     """Write a safetensors file; the same tensors give the same bytes.
 
+    Args:
+        file: its name.
+        tensors: by name.
+        finite: whether values must be, as an adapter's.
+
     Raises:
-        ValueError: for values that are not finite, and for a dtype the format has no name for.
+        ValueError: for values that are not finite but must be, and for a dtype the format has no name for.
     """
     ready, seen = {}, set()
     for name, value in tensors.items():
         value = whole(value)
         if value.dtype not in NAMES:
             raise ValueError(f"{name} has dtype {value.dtype}, which cannot be saved; known are {', '.join(DTYPES)}")
-        if not is_finite(value):
+        if finite and not is_finite(value):
             raise ValueError(f"{name} holds values that are not finite; the adapter is broken and was not saved")
         value = value.contiguous()
         shared = value.untyped_storage().data_ptr() in seen or value.untyped_storage().nbytes() != value.nbytes

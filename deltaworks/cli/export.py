@@ -20,6 +20,9 @@ def command(
     start: Annotated[
         str, typer.Option(help="deltaworks: values, or recompute to leave out what the seed gives again.")
     ] = "values",
+    dtype: Annotated[
+        str | None, typer.Option(help="residual: the base's, float32 to round nothing; its own, if not given.")
+    ] = None,
     task: Annotated[str, typer.Option(help="What the base is loaded for.")] = "causal-lm",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -39,16 +42,18 @@ def command(
         raise ValueError("--rank only makes sense with --format vllm")
     if start != "values" and format != "deltaworks":
         raise ValueError("--start only makes sense with --format deltaworks")
+    if dtype is not None and format != "residual":
+        raise ValueError("--dtype only makes sense with --format residual")
     fresh_folder(output)
-    _, tokenizer, tuned = open_tuned(adapter, base, task)
+    if format == "residual" and output.exists():
+        raise ValueError(f"{output} exists already; --format residual takes a folder that does not")
+    _, tokenizer, tuned = open_tuned(adapter, base, task, dtype)
     report: dict[str, Any] = {"output": str(output), "format": format}
     if format == "vllm":
         made = adapters.export(tuned, output, rank=rank)
         report |= {"rank": made.rank, "error": made.error, "errors": made.errors, "broken": made.broken}
     elif format == "residual":
-        adapters.export_residual(tuned, output)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(output)
+        adapters.export_residual(tuned, output, beside=tokenizer)
     else:
         adapters.save(tuned, output, format=format, start=start)  # type: ignore[arg-type]
     if as_json:

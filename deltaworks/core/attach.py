@@ -213,8 +213,9 @@ def _tell_of_dropout(model: nn.Module, placed: Sequence[Placed]) -> None:
     for item in placed:
         part = item.part
         # Masked copies in a stack have it among the settings of what they copy.
-        stacked = setting(part, "inner", {}) if isinstance(part, PerExpert) else {}
-        if isinstance(part, Delta) and (setting(part, "dropout") or stacked.get("dropout")):
+        copied = setting(part, "inner") if isinstance(part, PerExpert) else None
+        drops = setting(part, "dropout") or (isinstance(copied, dict) and copied.get("dropout"))
+        if isinstance(part, Delta) and drops:
             kind = consumes(model.get_submodule(item.site.path))
             special = {"embedding": "look_up", "convolution": "convolve"}.get(kind, "")
             heard = part.lean if kind == "linear" else hasattr(part, special)

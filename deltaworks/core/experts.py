@@ -41,7 +41,8 @@ class PerExpert(Delta):
         # Kept out of the module tree: its tensors are only placeholders for the stacked ones.
         self.__dict__["prototype"] = copy.deepcopy(first).to("meta")
         # What is true of every expert's delta is true of the stack.
-        self.__dict__.update(additive=first.additive, mergeable=first.mergeable, borrowed=first.borrowed)
+        of_each = ("additive", "mergeable", "replaces", "borrowed")
+        self.__dict__.update({name: getattr(first, name) for name in of_each})
         # What deltas borrow is one module for all experts: held once, not stacked, left out of files.
         for name in first.borrowed:
             self.add_module(name, first.get_submodule(name))

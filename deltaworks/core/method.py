@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import regex
 from torch import nn
 
 from ..model.anatomy import Anatomy, Site
+from ..model.names import matches
 from ..model.weights import Weight
 from . import fields
 from .experts import PerExpert
@@ -89,8 +90,8 @@ class Method:
             )
         for pattern, settings in self.overrides.items():
             try:
-                re.compile(pattern)
-            except re.error as error:
+                regex.compile(pattern)
+            except regex.error as error:
                 raise ValueError(f"{self.slug}: overrides has {pattern!r}, not a regular expression: {error}") from None
             if not isinstance(settings, dict):
                 raise ValueError(
@@ -106,7 +107,7 @@ class Method:
     def at(self, path: str) -> Method:
         """This method as it is at one module: the first override whose pattern matches the end of the name applies."""
         for pattern, settings in self.overrides.items():
-            if re.match(rf"(.*\.)?({pattern})$", path):
+            if matches(rf"(.*\.)?({pattern})", path):
                 return dataclasses.replace(self, overrides={}, **settings)
         return self
 
@@ -147,7 +148,8 @@ class Method:
         return self.at(places[0]).group(places[-1]) if self.overrides else self.group(places[-1])
 
     def group_at(self, name: str, kind: str) -> dict[str, float]:
-        """The same for a tensor at a site of some kind (`Site.kind`); may name an `lr` of its own, not the run's."""
+        """The same for a tensor at a site of some kind (`Site.kind`; empty where several share it); may name an `lr` of
+        its own, not the run's."""
         return self.group_of(name)
 
     def made_of(self) -> list[Method]:

@@ -183,21 +183,23 @@ def regroup(tuned: Tuned, optimizer: Any) -> None:
         return
     theirs = {id(parameter) for parameter in tuned.parameters()}
     wanted = tuned.parameter_groups(1.0)
-    mine = [group for group in inner.param_groups if "names" in group] or inner.param_groups
-    if len(wanted) > len(mine):
+    old = [group for group in inner.param_groups if "names" in group] or inner.param_groups
+    known = {str(sorted(group["own"].items())): group for group in old if "own" in group}
+    mine: list[Any] = [known.get(str(sorted(new["own"].items()))) for new in wanted] if known else old
+    if len(wanted) > len(mine) or any(group is None for group in mine):
         raise ValueError(
             f"{tuned.method.slug} now trains in {len(wanted)} groups of different rates, the optimizer has "
-            f"{len(mine)}; make it from tuned.parameter_groups(...)"
+            f"{len(old)}, not all the same; make it from tuned.parameter_groups(...)"
         )
-    gone = [parameter for group in mine for parameter in group["params"] if id(parameter) not in theirs]
+    gone = [parameter for group in old for parameter in group["params"] if id(parameter) not in theirs]
+    for group in old:
+        group["params"] = []
+        if "names" in group:
+            group["names"] = []
     for group, new in zip(mine, wanted, strict=False):
         group["params"] = new["params"]
         if "names" in group:
             group["names"] = new["names"]
-    for group in mine[len(wanted) :]:
-        group["params"] = []
-        if "names" in group:
-            group["names"] = []
     for parameter in gone:
         inner.state.pop(parameter, None)
 

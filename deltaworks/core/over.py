@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -30,7 +31,7 @@ class Over(WeightMethod):
 
     A method that is given itself is kept by its slug and the hyper-parameters that are not its defaults, so that
     recipes and files hold plain values. What is true of that method is true of this; the class says what is true over
-    the default one.
+    the default one. An override's `inner` takes the place of the whole `inner`.
 
     Class attributes:
         ours: hyper-parameters that are given here and not in `inner`.
@@ -74,7 +75,7 @@ class Over(WeightMethod):
         """The hyper-parameters that the other method is made with."""
         return self.inner
 
-    @property
+    @functools.cached_property
     def under(self) -> Method:
         """The other method, with other hyper-parameters where overrides of ours say so."""
         plain = make(self.over, **self.given(), **({} if self.on is None else {"on": self.on}))

@@ -63,6 +63,12 @@ class Run:
         return torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {self.step} {name}".encode()))
 
     @property
+    def rate(self) -> float:
+        """The run's scheduled learning rate: that of the optimizer's first group, without the group's own factor."""
+        assert self.optimizer is not None
+        return self.optimizer.param_groups[0]["lr"] / self.tuned.parameter_groups(1.0)[0]["lr"]
+
+    @property
     def sampled(self) -> bool:
         """Whether this step is one of about a hundred, the last included, whose figures are worth keeping."""
         return self.step % max(1, self.total_steps // 100) == 0 or self.step == self.total_steps
@@ -209,7 +215,7 @@ class Rules:
         self.emit("step_begin")
         if self.owner is not None:
             with torch.no_grad():
-                value = self.owner.own_step(self.run, loss, optimizer.param_groups[0]["lr"])
+                value = self.owner.own_step(self.run, loss, self.run.rate)
         else:
             value, penalty = loss(), self.penalty()
             (value if penalty is None else value + penalty.to(value.device)).backward()

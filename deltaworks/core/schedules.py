@@ -55,7 +55,6 @@ class Links(Rule):
 
     def __init__(self) -> None:
         self.tied = 0
-        self._rates: list[float] | None = None
 
     def ends(self, run: Run) -> list[int]:
         """The steps after which links are complete, rising; the last link is as long as the run."""
@@ -72,15 +71,13 @@ class Links(Rule):
     def gradients(self, run: Run) -> None:
         if run.optimizer is not None:
             begin, end = [0, *self.ends(run), run.total_steps][self.tied : self.tied + 2]
-            self._rates = [group["lr"] for group in run.optimizer.param_groups]
             for group in run.optimizer.param_groups:
+                group.setdefault("scheduled", group["lr"])  # by the first, if there are several such rules
                 group["lr"] = self.rate(group, run.step - begin, end - begin)
 
     def step_end(self, run: Run) -> None:
-        if self._rates is not None and run.optimizer is not None:
-            for group, rate in zip(run.optimizer.param_groups, self._rates, strict=True):
-                group["lr"] = rate
-            self._rates = None
+        for group in run.optimizer.param_groups if run.optimizer is not None else ():
+            group["lr"] = group.pop("scheduled", group["lr"])
         ends = self.ends(run)
         if self.tied < len(ends) and run.step in ends:
             with torch.no_grad():

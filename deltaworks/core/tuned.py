@@ -201,10 +201,15 @@ class Tuned:
         groups: dict[tuple, dict[str, Any]] = {}
         places = (part.site for _, part in self.named_parts() if isinstance(part, Trained))
         in_place = {_join(site.path, site.parameter or "weight") for site in places}
-        kinds = {f"{name}.{inner}": part.site.kind for name, part in self.named_parts()
-                 for inner, _ in part.named_parameters()}  # fmt: skip
+        kinds: dict[int, set[str]] = {}
+        for part in self.parts():
+            for parameter in part.parameters():
+                kinds.setdefault(id(parameter), set()).add(part.site.kind)
         for name, parameter in self.named_parameters():
-            own = {} if name in in_place else self.method.group_at(name, kinds[name])
+            own = {}
+            if name not in in_place:
+                kind, *others = kinds[id(parameter)]
+                own = self.method.group_at(name, "" if others else kind)
             key = tuple(sorted(own.items()))
             group = groups.setdefault(
                 key,
@@ -213,6 +218,7 @@ class Tuned:
                     "lr": own.get("lr", lr * own.get("lr_scale", 1.0)),
                     "weight_decay": own.get("weight_decay", weight_decay),
                     "names": [],
+                    "own": own,
                 },
             )
             group["params"].append(parameter)

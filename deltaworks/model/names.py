@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 
+import regex
+
 QUERY = r"(?:to_|linear_|w|c_|p)?(?:q|query)(?:_(?:proj|projection|lin|linear|layer|[ab]_proj))?"
 KEY = r"(?:to_|linear_|w|c_)?(?:k|key)(?:_(?:proj|projection|lin|linear|layer))?"
 VALUE = r"(?:to_|linear_|w|c_)?(?:v|value)(?:_(?:proj|projection|lin|linear|layer))?"
@@ -38,3 +40,16 @@ HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size"
 def means(pattern: str, path: str) -> bool:
     """Whether the last part of the dotted name `path` is, as a whole, a name of this kind."""
     return re.fullmatch(pattern, path.rpartition(".")[2], re.IGNORECASE) is not None
+
+
+PATIENCE = 0.2
+"""Seconds a pattern may take on one name; sound ones take microseconds."""
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a regular expression, which may come from a file, fits a whole name.
+
+    Raises:
+        TimeoutError: for a pattern made to search for ever.
+    """
+    return regex.fullmatch(pattern, path, timeout=PATIENCE) is not None

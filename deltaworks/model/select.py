@@ -15,13 +15,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 
+import regex
 from torch import nn
 
 from .anatomy import Anatomy, Site, What
 from .kinds import base_modules
+from .names import matches
 
 MATRICES = ("linear", "experts")
 MODULES = ("block", "attention", "cross_attention", "mlp", "ssm", "experts")
@@ -114,13 +115,14 @@ def _by_class(anatomy: Anatomy, name: str, what: What) -> list[Site]:
 
 def _by_name(anatomy: Anatomy, expression: str, what: What) -> list[Site]:
     try:
-        pattern = re.compile(rf"(?:.*\.)?(?:{expression})")
-    except re.error as error:
+        regex.compile(expression)
+    except regex.error as error:
         raise ValueError(f"on={expression!r} is no role and no regular expression: {error}") from None
-    found = _modules(anatomy, lambda path, _: pattern.fullmatch(path) is not None, what)
+    whole = rf"(?:.*\.)?(?:{expression})"
+    found = _modules(anatomy, lambda path, _: matches(whole, path), what)
     named = [
         site for site in anatomy.sites
-        if site.part is None and site.parameter not in (None, "weight") and pattern.fullmatch(site.name)
+        if site.part is None and site.parameter not in (None, "weight") and matches(whole, site.name)
     ]  # fmt: skip
     return found + named if what == "weight" else found
 

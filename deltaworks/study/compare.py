@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.registry import find
 from ..model.loading import load_meta
 from ..nursery import PREFIX, base_path
 from ..training.recipe import Recipe
@@ -209,7 +208,8 @@ class _Comparing:
         for job in jobs:
             if "lr" not in job.entry.keys and "lr" not in job.cell.keys:
                 alike[(self.study.rate_place(job.cell), job.entry.name)].append(job)
-        searches = {place: Rates(group[0].entry.made().default_lr, tries, given) for place, group in alike.items()}
+        made = {place: self.study.recipe(one.cell, one.entry, 0).made() for place, (one, *_) in alike.items()}
+        searches = {place: Rates(method.default_lr, tries, given) for place, method in made.items()}
         while True:
             asked = {place: rate for place, search in searches.items() if (rate := search.ask()) is not None}
             if not asked:
@@ -262,7 +262,7 @@ class _Comparing:
 
     def _fit(self, job: _Job, recipe: Recipe, kind: str, budget: float) -> sizes.Fit:
         quantity = {"params": "trainable", "bytes": "saved_bytes"}.get(kind)
-        if quantity is not None and not find(recipe.method).needs_data:
+        if quantity is not None and not recipe.made().needs_data:
             measure = sizes.on_shape(self._shape(job, recipe), recipe.method, quantity)
             return sizes.fitted(recipe.method, recipe.settings, budget, measure, above=kind == "params")
         column = {"params": "trainable", "bytes": "stored_bytes", "memory": "peak_memory_bytes"}[kind]
@@ -331,13 +331,13 @@ def record(trial: Trial, row: Row) -> dict[str, Any]:
     if row["status"] == "done" and value is None:
         error = f"there is no figure {metric!r}; there are {', '.join(figures) or 'none, nothing is held out'}"
     trained = trial.kind == "tune"
-    cls = find(recipe.method)
+    method = recipe.made()
     return {
         "cell": cell.name,
         **{f"axis.{name}": label for name, label in cell.place.items()},
         "method": trial.labels["name"],
-        "slug": cls.slug if trained else trial.labels["name"],
-        "family": cls.family if trained else "baseline",
+        "slug": method.slug if trained else trial.labels["name"],
+        "family": method.family if trained else "baseline",
         "kind": trial.kind,
         "seed": recipe.seed,
         "status": row["status"] if error is None else "failed",
@@ -365,8 +365,8 @@ def record(trial: Trial, row: Row) -> dict[str, Any]:
         "evaluation_steps": [int(step) for step, _ in row.get("evaluations") or []],
         "evaluations": [found.get(metric) for _, found in row.get("evaluations") or []],
         **{f"figure.{name}": float(found) for name, found in figures.items()},
-        "mergeable": cls.mergeable if trained else True,
-        "needs_data": cls.needs_data if trained else False,
+        "mergeable": method.mergeable if trained else True,
+        "needs_data": method.needs_data if trained else False,
         "task": row.get("task") or recipe.task,
         "base": recipe.base,
         "data": recipe.data,

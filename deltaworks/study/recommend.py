@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.method import Method
-from ..core.registry import find, make
+from ..core.registry import make
 from .compare import read
 from .spec import FULL
 from .summary import Summary, is_full, short, summarise
@@ -272,7 +272,7 @@ def _reason(one: Candidate, place: int) -> str:
         trained += f" ({float(f'{100 * share:.2g}'):g} % of full fine-tuning’s)"
     parts = [part for part in (trained, _memory(one), _speed(one)) if part]
     ends = "it merges into the base" if one.mergeable else "it stays beside the base"
-    if find(one.slug).needs_data:
+    if one.needs_data:
         ends += " and needs data before it attaches"
     lead = "gains most within the limits, " if place == 0 else "gains "
     return f"{one.name} {lead}{gain} ({'; '.join(one.where)}), with {', '.join(parts)}; {ends}."

@@ -25,8 +25,7 @@ from typing import Any, ClassVar
 import yaml
 
 from ..core import fields
-from ..core.method import Method
-from ..core.registry import find, make, methods
+from ..core.registry import find, methods
 from ..training import yaml_file
 from ..training.recipe import Recipe
 from . import memory
@@ -70,10 +69,6 @@ class Entry:
     @property
     def slug(self) -> str:
         return self.keys["method"]
-
-    def made(self) -> Method:
-        """The method with its hyper-parameters."""
-        return make(self.slug, **self.keys.get("settings", {}))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from typing import Any
 from datasets import Dataset
 
 from .. import adapters
-from ..core.registry import find
 from ..core.tuned import base_size
 from ..data import Prepared, epoch_order, load, prepare
 from ..nursery import PREFIX, corpus
@@ -103,7 +102,7 @@ def perform(trial: Trial, folder: Path, tell: Progress = lambda event, **figures
         "evaluations": metrics["evaluations"],
         "domain_after": on_domain() if result.tuned is not None else None,
         "samples": made["after"],
-        "mergeable": find(recipe.method).mergeable,
+        "mergeable": recipe.made().mergeable,
     }
 
 

@@ -189,7 +189,7 @@ class DeltaworksMixin(_Base):
             total = torch.stack([term.detach().float().reshape(()) for term in terms]).sum() * share  # type: ignore[union-attr]
             return self.accelerator.reduce(total, "mean") if self.accelerator.num_processes > 1 else total  # type: ignore[return-value]
 
-        result = owner.own_step(self.rules.run, loss, self._get_learning_rate())
+        result = owner.own_step(self.rules.run, loss, self.rules.run.rate)
         model.train()
         return result.detach().to(self.args.device)
 

@@ -114,7 +114,11 @@ class Recipe:
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"recipe: steps={self.steps} and epochs={self.epochs:g} are both given; give one")
         object.__setattr__(self, "settings", fields.parse(find(self.method), self.settings))
-        self.made()
+        made = self.made()
+        if any(isinstance(value, Method) for value in self.settings.values()):  # a file holds its slug
+            usual = type(made)().settings()
+            own = {name: value for name, value in made.settings().items() if value != usual[name]}
+            object.__setattr__(self, "settings", own)
 
     def made(self) -> Method:
         """The method with its hyper-parameters."""

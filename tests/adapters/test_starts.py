@@ -23,6 +23,8 @@ from tests.adapters.adapted import adapted, family, logits, move, refused
 from tests.families import FAMILIES
 
 RECOMPUTED: dict[str, tuple[str, Any]] = {
+    "pissa under lora_plus": ("llama", dw.LoRAPlus(over=dw.PiSSA(rank=4))),
+    "qr_lora": ("llama", dw.QRLoRA(rank=4, train="full")),
     "pissa": ("llama", dw.PiSSA(rank=4, alpha=6.0, overrides={"layers.0.*": {"rank": 2}})),
     "pissa by the exact SVD": ("gpt2", dw.PiSSA(rank=4, niter=None)),
     "pissa of experts": ("mixtral", dw.PiSSA(rank=4)),
@@ -158,6 +160,7 @@ def _changed(**settings: Any) -> Callable[[dict[str, Any]], Any]:
     return lambda config: config["settings"].update(settings)
 
 
+ENDLESS = r"(?:(?:[\w.]?){60}){60}[!?]"
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "another seed": (lambda c: c.update(seed=1), "another on this base"),
     "a seed that is text": (lambda c: c.update(seed="0"), "'seed' cannot be"),
@@ -174,13 +177,30 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a place elsewhere": (_changed(on="first"), "another on this base"),
     "iterations without end": (_changed(niter=1 << 60), "niter="),
     "iterations for days": (_changed(niter=1 << 15), "more than any start"),
+    "iterations that a whole model may have": (_changed(niter=1500), "more than any start"),
+    "a size as text, one method down": (
+        lambda c: c.update(method="autopeft", settings={"methods": {"loretta_rep": {"rank": str(10**30 + 57)}}}),
+        "no size",
+    ),
+    "iterations as text over another method": (
+        lambda c: c.update(method="lora_plus", settings={"over": "pissa", "inner": {"rank": 2, "niter": str(1 << 60)}}),
+        "no size",
+    ),
+    "a pattern of one of several methods": (
+        lambda c: c.update(method="autopeft", settings={"methods": {"pissa": {"on": ENDLESS}}}),
+        "timed out",
+    ),
+    "a pattern for inputs": (
+        lambda c: c.update(method="ia3", settings={"on": ["first"], "inputs": ENDLESS}),
+        "timed out",
+    ),
     "a train that fills the memory": (
         lambda c: c.update(method="loretta_rep", settings={"rank": 8, "train_rank": 1 << 14, "on": "first"}),
         "more than any start",
     ),
-    "a pattern made to search for ever": (_changed(on=[r"(?:(?:[\w.]?){60}){60}[!?]"]), "timed out"),
+    "a pattern made to search for ever": (_changed(on=[ENDLESS]), "timed out"),
     "an override made to search for ever": (
-        _changed(overrides={r"(?:(?:[\w.]?){60}){60}[!?]": {"rank": 2}}),
+        _changed(overrides={ENDLESS: {"rank": 2}}),
         "timed out",
     ),
 }

@@ -54,7 +54,7 @@ def test_the_loss_falls(slug: str) -> None:
     model, inputs = base(), batch()
     method = dw.method(slug)
     tuned = dw.attach(model, method, data=[inputs] if method.needs_data else None, seed=0)
-    optimizer = torch.optim.AdamW(tuned.parameter_groups(type(method).default_lr))
+    optimizer = torch.optim.AdamW(tuned.parameter_groups(method.default_lr))
     rules = tuned.run(STEPS, seed=0, optimizer=optimizer)
     rules.emit("attached")
     with torch.no_grad():
@@ -62,7 +62,7 @@ def test_the_loss_falls(slug: str) -> None:
     for _ in range(STEPS):
         rules.emit("step_begin")
         if rules.owner is not None:
-            rules.owner.own_step(rules.run, lambda: model(**inputs).loss, type(method).default_lr)
+            rules.owner.own_step(rules.run, lambda: model(**inputs).loss, method.default_lr)
         else:
             loss = model(**inputs).loss
             penalty = rules.penalty()

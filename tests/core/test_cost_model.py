@@ -23,7 +23,10 @@ from deltaworks.core.graft import graft_of
 from deltaworks.core.method import Method
 from deltaworks.core.operators import effective, low_rank
 from deltaworks.core.operators.effective import Built
+from deltaworks.core.operators.spectral import Spectral
+from deltaworks.core.operators.structured_tiles import StructuredTiles
 from deltaworks.core.part import PARTS, Delta
+from deltaworks.model.weights import Weight
 from tests.conformance.subject import METHODS, adapted
 from tests.methods.toys import Net
 
@@ -210,3 +213,16 @@ def test_every_cost_model_has_clear_cases_of_both_kinds() -> None:
         # Sizes aside, a case's operator is the same at a width that all of them divide.
         shown = {chooser(placed(method, 768)[1]) for method, _, _, _, side in CASES if side == wanted}
         assert choosing <= shown, f"side={wanted}: no case for {choosing - shown}"
+
+
+def test_fourierft_of_a_wide_layer_goes_through_the_weight_for_many_tokens() -> None:
+    weight = Weight(nn.Linear(4096, 4096, bias=False, device="meta"))
+    delta = Spectral(torch.zeros(1000), torch.arange(1000), 4096, 4096)
+    assert delta.prefers_side(1, weight) and not delta.prefers_side(8192, weight)
+
+
+@pytest.mark.parametrize(("dtype", "side"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_a_wide_toeplitz_matrix_and_many_tokens(dtype: torch.dtype, side: bool) -> None:
+    weight = Weight(nn.Linear(4096, 4096, bias=False, device="meta", dtype=dtype))
+    part = StructuredTiles(torch.zeros(1, 1, 1, 4096), torch.zeros(1, 1, 1, 4096), "toeplitz")
+    assert part.prefers_side(8192, weight) == side and part.prefers_side(1, weight)

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import deltaworks as dw
 from deltaworks.core.part import Module
 from deltaworks.model.weights import Weight
+from tests.families import FAMILIES
 
 
 class Tower(nn.Module):
@@ -264,3 +265,8 @@ def test_an_example_s_adapter_may_change_a_layer_s_input_and_its_weight() -> Non
     with dw.route(model, ["one", None]):
         mixed = model(x)
     assert torch.allclose(mixed, torch.stack([alone[0], base[1]]))
+
+
+def test_a_rank_called_inner_is_no_dropout_of_a_stack() -> None:
+    tuned = dw.attach(FAMILIES["mixtral"]()[0], dw.LoRASP(rank=2, dropout=0.0, on="expert.down"), seed=0)
+    assert list(tuned.parts())

@@ -107,3 +107,24 @@ def test_what_cannot_stand_together_is_said_in_one_line() -> None:
         made(layers=[7])
     with pytest.raises(ValueError, match="list of block numbers"):
         dw.method("autopeft", layers=[])
+
+
+def test_a_members_own_rate_at_an_embedding_is_kept() -> None:
+    model, _ = FAMILIES["llama"]()
+    methods = {"lora_plus": {"on": ["embedding", "attention"], "rank": 2}}
+    tuned = dw.attach(model, dw.AutoPEFT(methods=methods), seed=0)
+    rates = {name: group["lr"] for group in tuned.parameter_groups(1e-3) for name in group["names"]}
+    assert {rate for name, rate in rates.items() if "embed" in name} == {1e-6}
+    assert {rate for name, rate in rates.items() if "embed" not in name} == {1e-3, 16e-3}
+
+
+def test_two_members_that_begin_their_rates_anew_leave_the_runs_alone() -> None:
+    model, batch = FAMILIES["llama"]()
+    methods = {"cola_chain": {"rank": 2}, "mora": {"rank": 2, "kind": "share", "merge_every": 3, "warmup": 1}}
+    tuned = dw.attach(model, dw.AutoPEFT(methods=methods), seed=0)
+    optimizer = torch.optim.SGD(tuned.parameter_groups(1e-3))
+    rules = tuned.run(6, optimizer=optimizer)
+    rules.emit("attached")
+    for _ in range(6):
+        rules.step(lambda: model(**batch).loss)
+        assert {group["lr"] for group in optimizer.param_groups} == {1e-3}

@@ -437,3 +437,9 @@ def test_tensors_of_submodules_are_masked_under_their_names() -> None:
     assert torch.allclose(made.dense(), sum(under(delta, masks_of(made), i).dense() for i in range(2)))
     again = form.remade(made.configuration(), made.tensors(), {})
     assert torch.equal(again.dense(), made.dense())
+
+
+@pytest.mark.parametrize("settings", [{"density": 1e-6}, {"overrides": {".*": {"copies": 3}}}])
+def test_what_a_prefixs_shared_map_cannot_follow_is_refused(settings: dict) -> None:
+    with pytest.raises(ValueError, match="^capaboost: over='prefix_tuning'"):
+        dw.attach(FAMILIES["gpt2"]()[0], dw.CapaBoost(over="prefix_tuning", inner=PREFIX, **settings))

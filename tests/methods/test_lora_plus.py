@@ -98,7 +98,9 @@ def test_the_ratio_outlasts_a_scheduler(over: str, inner: dict) -> None:
 def test_every_method_is_told_apart_by_its_tensors_or_refused() -> None:
     taken = set()
     for slug in dw.methods():
-        if slug == "lora_plus":
+        if slug in ("lora_plus", "mezo"):
+            with pytest.raises(ValueError, match="already|by itself"):
+                dw.LoRAPlus(over=slug)
             continue
         method = dw.LoRAPlus(over=slug)
         assert method.needs_data == dw.method(slug).needs_data
@@ -215,3 +217,12 @@ def test_what_cannot_be_is_refused_in_one_line(settings: dict, message: str) -> 
     assert "\n" not in str(refusal.value)
     with pytest.raises(ValueError, match="inner=.* beside over=DoRA"):
         dw.LoRAPlus(over=dw.DoRA(), inner={"rank": 4})
+
+
+def test_what_an_embedding_shares_with_other_layers_is_no_embeddings() -> None:
+    model, _ = build("llama")
+    tuned = dw.attach(model, dw.LoRAPlus(over="share_lora", on=["embedding", "attention"]), seed=0)
+    found = {name: group["lr"] for group in tuned.parameter_groups(1e-3) for name in group["names"]}
+    slow = {name for name, rate in found.items() if rate == 1e-6}
+    assert slow and all("embed" in name for name in slow)
+    assert not any("bank" in name and "embed" not in name for name in slow)

@@ -12,6 +12,7 @@ import deltaworks as dw
 from deltaworks.core.rule import Run
 from deltaworks.core.zeroth_order import ZerothOrder
 from tests.families import FAMILIES
+from tests.methods.toys import net
 
 
 class Quadratic(nn.Module):
@@ -113,3 +114,14 @@ def test_what_cannot_be_perturbed_is_refused_when_it_is_named() -> None:
 def test_the_perturbation_is_the_papers_for_what_it_moves() -> None:
     assert [dw.MeZO(over=over).rules()[-1].eps for over in ("full", "lora")] == [1e-3, 1e-2]
     assert dw.MeZO(over="full", eps=0.5).rules()[-1].eps == 0.5
+
+
+def test_a_first_group_with_a_factor_does_not_scale_the_runs_rate() -> None:
+    over = {"over": "dora", "on": nn.Linear, "overrides": {"second": {"b_lr_ratio": 2.0}}}
+    model, _ = net()
+    tuned = dw.attach(model, dw.MeZO(over="lora_plus", settings_of_over=over), seed=0)
+    groups = tuned.parameter_groups(1e-3)
+    rates = {name: group["lr"] for group in groups for name in group["names"]}
+    assert rates["first.weight.b"] == pytest.approx(16e-3) and rates["second.weight.b"] == pytest.approx(2e-3)
+    run = tuned.run(1, optimizer=torch.optim.SGD(groups)).run
+    assert groups[0]["lr"] != 1e-3 and run.rate == pytest.approx(1e-3)

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 import deltaworks as dw
+from deltaworks.core.experts import PerExpert
 from deltaworks.core.operators.monarch import Monarch, Replaced, projected
+from deltaworks.core.part import in_place
+from deltaworks.model.anatomy import Site
 from deltaworks.model.weights import Weight
 from tests.families import FAMILIES
 from tests.methods.resuming import trained
@@ -188,3 +191,9 @@ def test_training_keeps_the_input_only() -> None:
     attach(model, dw.Monarch)
     x.requires_grad_()
     assert saved_shapes(lambda: model.first(x)) == [(2, 5, 64)]
+
+
+def test_what_took_a_weights_place_still_does_as_a_whole_matrix_and_in_a_stack() -> None:
+    part = Monarch(torch.ones(2, 2, 4), torch.ones(2, 4, 2), 8, 8, replaces=True)
+    site = Site("x", None, "linear")
+    assert all(in_place(one, site) for one in (part, part.multiplied_out(), PerExpert([part, part])))

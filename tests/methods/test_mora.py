@@ -226,7 +226,8 @@ def test_without_merges_there_is_no_chain() -> None:
     model, _ = net(13, 9, 5)
     tuned = attach(model, dw.MoRA, rank=1, kind="share")
     assert [type(delta) for delta in tuned.parts()] == [Square, Square] and tuned.rules == []
-    plain, x, _ = remora(3, 3)
+    plain, x, tuned = remora(3, 3)
+    assert all(delta.m.any() and not delta.past.any() for delta in tuned.parts())
     chained, _, _ = remora(3, 1000, warmup=50)
     assert torch.equal(plain(x), chained(x))  # a run no longer than a link
 

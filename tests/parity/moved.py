@@ -47,7 +47,7 @@ def move_exactly(theirs: Any, pristine: nn.Module) -> None:
     """Take the start, as PEFT found it in float32, out of the base's weights in float64."""
     olora = theirs.peft_config["default"].init_lora_weights.lower() == "olora"
     for path, layer in theirs.base_model.model.named_modules():
-        if hasattr(layer, "base_layer"):
+        if "default" in getattr(layer, "lora_A", ()):
             start = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * layer.scaling["default"]
             turned = isinstance(layer.base_layer, Conv1D) and not olora
             exact = pristine.get_parameter(f"{path}.weight") - (start.T if turned else start)

@@ -129,6 +129,7 @@ def test_pissa(alpha: float) -> None:
 
 MOVED = {
     "pissa": ("llama", {"target_modules": ["q_proj", "down_proj"], "lora_alpha": 3}),
+    "pissa beside an embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"], "lora_alpha": 3}),
     "pissa with patterns": (
         "llama",
         {"target_modules": ["q_proj", "k_proj"], "rank_pattern": {"k_proj": 2}, "alpha_pattern": {"q_proj": 7},

@@ -72,7 +72,7 @@ COMBINATIONS = [
     ("llama", "rosa", 4, {}),
 ]
 # What these methods do before they attach is no part of the step.
-BRIEFLY: dict[str, dict[str, Any]] = {"rosa": {"warmup": 1}, "neft": {"probe_steps": 1}}
+BRIEFLY: dict[str, dict[str, Any]] = {"rosa": {"warmup": 1}}
 LENGTH = 64
 
 

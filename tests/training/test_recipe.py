@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+import deltaworks as dw
 from deltaworks.training import Recipe
 
 
@@ -53,8 +55,16 @@ def test_the_learning_rate_is_that_of_the_methods_settings() -> None:
         ("lora_plus", {"over": "qlora"}, 1e-4),
         ("mezo", {}, 1e-6),
         ("mezo", {"over": "lora"}, 5e-5),
+        ("mezo", {"over": "dora"}, 5e-5),
+        ("mezo", {"over": "prefix-tuning"}, 1e-3),
     ):
         assert Recipe(method=slug, settings=settings).complete().lr == rate
+
+
+def test_a_recipe_holds_the_slug_of_a_method_that_was_given_itself() -> None:
+    one = Recipe(method="lora_plus", settings={"over": dw.DoRA(rank=4)})
+    assert one.settings == {"over": "dora", "inner": {"rank": 4}}
+    assert yaml.safe_load(one.text())["settings"] == one.settings
 
 
 @pytest.mark.parametrize(

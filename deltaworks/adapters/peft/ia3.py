@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from ...core.operators.scaling import Scaling
 from ...core.part import Part
+from ...model.names import matches
 from ...model.weights import CONVOLUTIONS, Weight
 from ..reading import Plan
 from .draft import Draft
 from .source import Source, refuse
-from .targets import ends_in, matches, named
+from .targets import ends_in, named
 
 KIND = "IA3"
 

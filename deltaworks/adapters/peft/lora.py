@@ -129,7 +129,8 @@ def _start(
 
     Found in float32, as PEFT does whatever the base's dtype; what PEFT rounds when it changes the base stays exact.
     """
-    if start in STARTS or (start == "lora_ga" and not isinstance(weight.layer, (nn.Linear, Conv1D))):
+    # Embeddings and convolutions it starts as plain LoRA, whatever is asked for, or fails.
+    if start in STARTS or not isinstance(weight.layer, (nn.Linear, Conv1D)):
         return None, None
     whence = next((why for name, why in ELSEWHENCE.items() if str(start).startswith(name)), None)
     if whence is not None:

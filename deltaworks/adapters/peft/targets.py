@@ -16,11 +16,10 @@ import regex
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...model.names import PATIENCE, matches
 from ...model.weights import CONVOLUTIONS
 
 ALL_LINEAR = "all-linear"
-PATIENCE = 0.2
-"""Seconds a pattern may take on one name; sound ones take microseconds."""
 _HEADS = ("score", "classifier")
 
 
@@ -134,15 +133,6 @@ def named(model: nn.Module, paths: Sequence[str]) -> list[str]:
 def pattern_for(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value of the first pattern that fits the end of a name, as PEFT and `Method.at` decide."""
     return next((value for pattern, value in patterns.items() if matches(rf"(.*\.)?({pattern})$", path)), default)
-
-
-def matches(pattern: str, path: str) -> bool:
-    """Whether a pattern from a file fits a whole name.
-
-    Raises:
-        TimeoutError: for a pattern made to search for ever.
-    """
-    return regex.fullmatch(pattern, path, timeout=PATIENCE) is not None
 
 
 def patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

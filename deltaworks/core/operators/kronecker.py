@@ -74,8 +74,9 @@ class Kronecker(RowDropout):
     def prefers_side(self, tokens: int, weight: Weight) -> bool:
         # The weight's way costs the building of it and its gradient, which a frozen base does without.
         first, second = (factor.shape for factor in self.factors())
-        built = (tokens + 256) * weight.fan_in * weight.fan_out
-        return self.dropping() or 3 * tokens * _cost(first, second) < built
+        passes, spared = (3, tokens) if torch.is_grad_enabled() else (1, 0)
+        built = (spared + 256) * weight.fan_in * weight.fan_out
+        return self.dropping() or passes * tokens * _cost(first, second) < built
 
     def side(self, x: Tensor) -> Tensor:
         return self.thinned(recomputed(self._applied, x, *self._tensors()))

@@ -109,6 +109,7 @@ class Replaced(Delta):
     """
 
     additive = False
+    replaces = True
 
     def __init__(self, w: Tensor) -> None:
         super().__init__()

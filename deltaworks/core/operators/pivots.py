@@ -116,8 +116,10 @@ class Pivots(Scaled):
         return self.upper.to(dtype), self.lower.to(dtype)
 
     def scales(self) -> tuple[Tensor, None]:
-        # Of sigma only its ratio to the scale acts: 1 at the start, so that what is subtracted is the same number.
-        return (self.z if self.sigma is None else self.z * (self.sigma / self.scale)) - self.start, None
+        # Of sigma only its ratio to the scale acts: 1 at the start, so that what is subtracted is the same number. Both
+        # are tensors, as GPUs multiply with the reciprocal of a number.
+        ratio = 1.0 if self.sigma is None else self.sigma / torch.full_like(self.sigma, self.scale)
+        return self.z * ratio - self.start, None
 
 
 def decomposed(weight: Tensor, rank: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -155,7 +155,11 @@ class Spectral(Scaled, Built):
         return order, constant(self.entries, torch.int64, starts, "starts"), frequencies, signs
 
     def prefers_side(self, tokens: int, weight: Weight) -> bool:
-        return 4 * self.c.shape[-1] < min(self.fan_out, self.fan_in)
+        # Four products with tables of 2 n columns, against the weight's gradient and building it in both passes.
+        n, area = self.c.shape[-1], self.fan_in * self.fan_out
+        built = 3 * self._narrow // 4 if weight.dtype.itemsize == 2 else 512  # in tokens
+        beside = 4 * n * (self.fan_in + self.fan_out) * tokens
+        return 4 * n < self._narrow and beside < area * (tokens + built)
 
     def bases(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         j, k = self._places()

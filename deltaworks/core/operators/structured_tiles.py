@@ -55,10 +55,14 @@ class StructuredTiles(Built):
     def prefers_side(self, tokens: int, weight: Weight) -> bool:
         if self.dropout and self.training:
             return True
-        n = self.a.shape[-1]
+        rows, columns, pairs, n = self.a.shape
+        if self.structure == "circulant":
+            return transforms_pay(n, tokens, weight)
         # The other structures' matrices are made by their transforms as well, of as many rows as the weight has inputs,
-        # and have a gradient then.
-        return transforms_pay(n, tokens, weight) if self.structure == "circulant" else 2 * tokens < 3 * weight.fan_in
+        # and have a gradient then, one product a token.
+        each = (rows + columns + 2 * rows * columns * pairs) * n
+        product = weight.fan_in * weight.fan_out / (7200 if weight.dtype.itemsize == 2 else 432)
+        return tokens * each < 1.5 * weight.fan_in * each + tokens * product
 
     def built(self, weight: Tensor) -> Tensor:
         if self.structure != "circulant":

@@ -43,8 +43,10 @@ class MeZO(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.inner  # a wrong name or setting must show here, not when attaching
-        object.__setattr__(self, "default_lr", RATES.get(self.over, type(self).default_lr))
+        inner = self.inner  # a wrong name or setting must show here, not when attaching
+        object.__setattr__(self, "over", inner.slug)
+        usual = type(self).default_lr if inner.family == "fullparam" else RATES["lora"]
+        object.__setattr__(self, "default_lr", RATES.get(inner.slug, usual))
 
     @property
     def inner(self) -> Method:
@@ -73,6 +75,9 @@ class MeZO(Method):
 
     def group(self, name: str) -> dict[str, float]:
         return self.inner.group(name)
+
+    def group_of(self, name: str) -> dict[str, float]:
+        return self.inner.group_of(name)
 
     def made_of(self) -> list[Method]:
         return [self.inner]

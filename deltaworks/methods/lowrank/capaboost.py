@@ -22,6 +22,7 @@ from ...core.method import Placed, weight_at
 from ...core.operators.boosted import has_matrices, masked_copies
 from ...core.operators.boosted_prefix import boosted_encoder
 from ...core.operators.masks import PATTERNS, Masks
+from ...core.operators.prefix import PrefixEncoder
 from ...core.over import Over
 from ...core.part import Part, Shared
 from ...core.registry import method
@@ -54,7 +55,13 @@ class CapaBoost(Over):
             )
 
     def shared(self, base: Anatomy) -> dict[str, Shared]:
-        return {key: boosted_encoder(lent, self._masks(key)) for key, lent in super().shared(base).items()}
+        lent = super().shared(base)
+        if self.overrides and any(isinstance(module, PrefixEncoder) for module in lent.values()):
+            raise ValueError(f"capaboost: over={self.over!r} shares its first map among layers; leave overrides out")
+        try:
+            return {key: boosted_encoder(module, self._masks(key)) for key, module in lent.items()}
+        except ValueError as error:
+            raise ValueError(f"capaboost: over={self.over!r}: {error}") from None
 
     def parts(self, base: Anatomy, shared: dict[str, Shared], measured: Any) -> Iterator[Placed]:
         found = None

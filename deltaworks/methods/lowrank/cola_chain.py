@@ -116,6 +116,8 @@ class Knots(Links):
             )
         if run.total_steps < self.links:
             raise ValueError(f"cola_chain: links={self.links} need as many steps, the run has {run.total_steps}")
+        if any(getattr(part, "a0", None) is None for _, part in run.tuned.of_kind(LowRank, Chain)):
+            raise ValueError("cola_chain: its finished links are in the base; attach a new chain to that")
         if any(len(set(self._ranks(name))) > 1 for name, _ in run.tuned.of_kind(LowRank, Chain)):
             refuse_sharing("cola_chain with falling ranks")
 

@@ -4,8 +4,9 @@ W' = W + s B A,  as LoRA or as any other method with factors A and B;  B and all
 magnitudes, gates, biases) learn `b_lr_ratio` times as fast as A, in any optimizer and under any schedule, the vectors
 without decay. For wide layers this is the ratio under which both factors learn features. What the method scales or
 keeps from decay itself stays so, relative to this; at a ratio of 1 nothing differs from it, and where A is frozen the
-ratio is but another rate. The paper takes half of LoRA's rate for A, no decay. All that is trained at an embedding has
-`embedding_lr`, whatever the run's rate and the ratio, as in `peft` and the authors' code.
+ratio is but another rate. The paper takes half of LoRA's rate for A, no decay. Factors at an embedding have
+`embedding_lr`, whatever the run's rate and the ratio, as in `peft` and the authors' code; what trains in place, such as
+a new head, has the run's, its bias too (that of B there).
 Use it for LoRA's result in fewer steps, over another method (`over=`, with its hyper-parameters in `inner=`) for that
 method's; larger ratios for tasks that are further from pre-training.
 """
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...core import fields
-from ...core.method import Placed
+from ...core.method import Method, Placed
 from ...core.operators.low_rank import Factored
 from ...core.over import Over
 from ...core.part import Part, Shared
@@ -26,7 +27,9 @@ OWN = ("rank", "alpha", "dropout", "rslora")
 # What pages call B: most so; that of triplets is P, that between two planes the outermost; LoRETTA's has several cores.
 OUTER = ("b", "task_b", "p", "left_out")
 # By name and not by shape, as factors of which some entries train are stored as vectors too.
-VECTORS = ("d", "e", "l", "lower", "magnitude", "sigma", "task_sigma", "theta", "u", "upper", "v", "values")
+VECTORS = (
+    "d", "e", "gain", "l", "lower", "magnitude", "shift", "sigma", "task_sigma", "theta", "u", "upper", "v", "values",
+)  # fmt: skip
 
 
 @method("lora_plus", paper="2402.12354", family="lowrank")
@@ -47,8 +50,10 @@ class LoRAPlus(Over):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if any(isinstance(one, LoRAPlus) for one in (self.under, *self.under.made_of())):
+        if _has_ratio(self.under):
             raise ValueError(f"lora_plus: over={self.over!r} has a ratio already; name the method under it")
+        if any(rule.owns_step for rule in self.rules()):
+            raise ValueError(f"lora_plus: over={self.over!r} steps by itself; put it over lora_plus instead")
         object.__setattr__(self, "default_lr", self.under.default_lr / 2)
 
     def given(self) -> dict[str, Any]:
@@ -82,6 +87,10 @@ class LoRAPlus(Over):
             return own
         rate = {"lr_scale": self.b_lr_ratio * own.get("lr_scale", 1.0)}
         return own | rate | ({"weight_decay": 0.0} if vector else {})
+
+
+def _has_ratio(method: Method) -> bool:
+    return isinstance(method, LoRAPlus) or any(map(_has_ratio, method.made_of()))
 
 
 def _leaf(name: str) -> str:

@@ -11,6 +11,7 @@ Use it where one method alone does not get there at the size that can be paid.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,7 +65,7 @@ class AutoPEFT(Method):
         object.__setattr__(self, "mergeable", all(one.mergeable for one in members.values()))
         object.__setattr__(self, "needs_data", any(one.needs_data for one in members.values()))
 
-    @property
+    @functools.cached_property
     def members(self) -> dict[str, Method]:
         """The methods, by slug.
 
@@ -115,3 +116,7 @@ class AutoPEFT(Method):
     def group_of(self, name: str) -> dict[str, float]:
         one = self.members.get(owner(name) or "")
         return one.group_of(name) if one is not None else {}
+
+    def group_at(self, name: str, kind: str) -> dict[str, float]:
+        one = self.members.get(owner(name) or "")
+        return one.group_at(name, kind) if one is not None else {}
