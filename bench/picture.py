@@ -32,14 +32,14 @@ Ratio = Mapping[str, float]
 
 
 def step(record: Mapping[str, Any], path: Path) -> None:
-    """A row of bars a method: time over the frozen base's, time over PEFT's, saved bytes over PEFT's."""
+    """A row of bars a method: time over the frozen base's, then time and memory over PEFT's, or full fine-tuning's."""
     rows = {name: row for name, row in record["rows"].items() if row.get("frozen")}
     names = sorted(rows, key=lambda name: -rows[name]["frozen"]["median"])
-    panels = [
-        ("time / frozen base", "frozen", 1.1),
-        ("time / PEFT", "peft", 1.0),
-        ("saved bytes / PEFT", "peft_saved", 1.0),
-    ]
+    panels = [("time / frozen base", "frozen", 1.1)]
+    if any(row.get("peft") for row in rows.values()):
+        panels += [("time / PEFT", "peft", 1.0), ("saved bytes / PEFT", "peft_saved", 1.0)]
+    else:
+        panels += [("time / full fine-tuning", "full", 1.0), ("resident / full fine-tuning", "full_rss", 1.0)]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             1,

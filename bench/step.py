@@ -165,6 +165,8 @@ COLUMNS = {
 def table(record: dict[str, Any]) -> str:
     """The Markdown table of a record."""
     shape = record["settings"]
+    found = {key for row in record["rows"].values() for key, value in row.items() if value is not None}
+    columns = {title: key for title, key in COLUMNS.items() if key in found or (key == "peft" and "peft_error" in found)}
     lines = [
         f"# Training step, {record['shape']}: {shape['layers']} layers, {shape['hidden']} wide, {shape['dtype']}, "
         f"batch {shape['batch']} x {shape['tokens']} tokens",
@@ -177,15 +179,15 @@ def table(record: dict[str, Any]) -> str:
         "beyond parameters; resident is the most memory above that of the loaded base. On CPUs the C library "
         + ("keeps what a step frees, as while `tune` trains." if shape.get("freed") == "kept" else "is left as it is."),
         "",
-        f"| method | {' | '.join(COLUMNS)} | saved MB |",
-        f"|---|{'---|' * len(COLUMNS)}---|",
+        f"| method | {' | '.join(columns)} | saved MB |",
+        f"|---|{'---|' * len(columns)}---|",
     ]
     for slug, row in record["rows"].items():
-        cells = [_ratio(row.get(key)) for key in COLUMNS.values()]
+        cells = {key: _ratio(row.get(key)) for key in columns.values()}
         if row.get("peft_error"):
-            cells[2] = f"PEFT failed: {row['peft_error']}"
+            cells["peft"] = f"PEFT failed: {row['peft_error']}"
         saved = f"failed: {row['error']}" if "error" in row else f"{(row['saved_bytes'] or 0) / 1e6:.1f}"
-        lines.append(f"| {slug} | {' | '.join(cells)} | {saved} |")
+        lines.append(f"| {slug} | {' | '.join(cells.values())} | {saved} |")
     for name, mean in record["geometric_means"].items():
         lines += ["", f"Geometric mean of {name}: {mean:.3f}"]
     return "\n".join(lines)
