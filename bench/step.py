@@ -166,7 +166,8 @@ def table(record: dict[str, Any]) -> str:
     """The Markdown table of a record."""
     shape = record["settings"]
     found = {key for row in record["rows"].values() for key, value in row.items() if value is not None}
-    columns = {title: key for title, key in COLUMNS.items() if key in found or (key == "peft" and "peft_error" in found)}
+    found |= {"peft"} if "peft_error" in found else set()
+    columns = {title: key for title, key in COLUMNS.items() if key in found}
     lines = [
         f"# Training step, {record['shape']}: {shape['layers']} layers, {shape['hidden']} wide, {shape['dtype']}, "
         f"batch {shape['batch']} x {shape['tokens']} tokens",
