@@ -10,6 +10,7 @@ import torch
 import deltaworks as dw
 from deltaworks.core.operators.spectral import Spectral
 from deltaworks.methods.structured.fourierft import chosen
+from deltaworks.model.weights import Weight
 from tests.methods.toys import attach, net, nudge, part, saved_shapes
 
 
@@ -66,7 +67,7 @@ def test_few_waves_are_applied_without_keeping_anything_wide() -> None:
     tuned = attach(model, dw.FourierFT, n=3)
     shapes = saved_shapes(lambda: model.first(x))
     assert shapes == [(10, 6), (6,)]
-    assert part(tuned).prefers_side(10, model.first)
+    assert part(tuned).prefers_side(10, Weight(model.first))
 
 
 def test_many_coefficients_keep_the_input_and_no_matrix() -> None:
