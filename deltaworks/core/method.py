@@ -11,7 +11,7 @@ import regex
 from torch import nn
 
 from ..model.anatomy import Anatomy, Site
-from ..model.names import matches
+from ..model.names import ends
 from ..model.weights import Weight
 from . import fields
 from .experts import PerExpert
@@ -107,7 +107,7 @@ class Method:
     def at(self, path: str) -> Method:
         """This method as it is at one module: the first override whose pattern matches the end of the name applies."""
         for pattern, settings in self.overrides.items():
-            if matches(rf"(.*\.)?({pattern})", path):
+            if ends(pattern, path):
                 return dataclasses.replace(self, overrides={}, **settings)
         return self
 
@@ -159,6 +159,11 @@ class Method:
     def settings(self) -> dict[str, Any]:
         """The hyper-parameters as plain values."""
         return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+
+    def changed(self, usual: Method | None = None) -> dict[str, Any]:
+        """The hyper-parameters that are not those of `usual`, by default the method's defaults."""
+        known = (type(self)() if usual is None else usual).settings()
+        return {name: value for name, value in self.settings().items() if value != known[name]}
 
 
 @dataclass(kw_only=True, frozen=True)

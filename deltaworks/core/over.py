@@ -64,8 +64,7 @@ class Over(WeightMethod):
             raise ValueError(
                 f"{self.slug}: inner={self.inner!r} beside over={given!r}; give that its hyper-parameters"
             )
-        usual = type(given)().settings()
-        own = {name: value for name, value in given.settings().items() if value != usual[name]}
+        own = given.changed()
         if self.on is None:
             object.__setattr__(self, "on", own.pop("on", None))
         object.__setattr__(self, "over", given.slug)
@@ -79,10 +78,8 @@ class Over(WeightMethod):
     def under(self) -> Method:
         """The other method, with other hyper-parameters where overrides of ours say so."""
         plain = make(self.over, **self.given(), **({} if self.on is None else {"on": self.on}))
-        usual, there = plain.settings(), {}
-        for pattern, other in self.overrides.items():
-            settings = dataclasses.replace(self, overrides={}, **other).under.settings()
-            there[pattern] = {name: value for name, value in settings.items() if value != usual[name]}
+        own = {pattern: dataclasses.replace(self, overrides={}, **other) for pattern, other in self.overrides.items()}
+        there = {pattern: here.under.changed(plain) for pattern, here in own.items()}
         return dataclasses.replace(plain, overrides=there) if any(there.values()) else plain
 
     def measure(self, base: Anatomy, batches: Batches) -> Any:

@@ -53,3 +53,8 @@ def matches(pattern: str, path: str) -> bool:
         TimeoutError: for a pattern made to search for ever.
     """
     return regex.fullmatch(pattern, path, timeout=PATIENCE) is not None
+
+
+def ends(pattern: str, path: str) -> bool:
+    """Whether a regular expression fits the end of a dotted name, from any dot on; raises as `matches`."""
+    return matches(rf"(?:.*\.)?(?:{pattern})", path)

@@ -22,7 +22,7 @@ from torch import nn
 
 from .anatomy import Anatomy, Site, What
 from .kinds import base_modules
-from .names import matches
+from .names import ends
 
 MATRICES = ("linear", "experts")
 MODULES = ("block", "attention", "cross_attention", "mlp", "ssm", "experts")
@@ -118,11 +118,10 @@ def _by_name(anatomy: Anatomy, expression: str, what: What) -> list[Site]:
         regex.compile(expression)
     except regex.error as error:
         raise ValueError(f"on={expression!r} is no role and no regular expression: {error}") from None
-    whole = rf"(?:.*\.)?(?:{expression})"
-    found = _modules(anatomy, lambda path, _: matches(whole, path), what)
+    found = _modules(anatomy, lambda path, _: ends(expression, path), what)
     named = [
         site for site in anatomy.sites
-        if site.part is None and site.parameter not in (None, "weight") and matches(whole, site.name)
+        if site.part is None and site.parameter not in (None, "weight") and ends(expression, site.name)
     ]  # fmt: skip
     return found + named if what == "weight" else found
 

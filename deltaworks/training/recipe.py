@@ -116,9 +116,7 @@ class Recipe:
         object.__setattr__(self, "settings", fields.parse(find(self.method), self.settings))
         made = self.made()
         if any(isinstance(value, Method) for value in self.settings.values()):  # a file holds its slug
-            usual = type(made)().settings()
-            own = {name: value for name, value in made.settings().items() if value != usual[name]}
-            object.__setattr__(self, "settings", own)
+            object.__setattr__(self, "settings", made.changed())
 
     def made(self) -> Method:
         """The method with its hyper-parameters."""
