@@ -188,8 +188,9 @@ def _put(module: nn.Module, leaf: str, value: Tensor) -> None:
         with torch.no_grad():
             stored.copy_(value)
     else:
-        # The same tensor object with other content: optimizers and DDP hold on to it.
-        stored.data = value.to(stored.device, stored.dtype)
+        # The same tensor object with other content: optimizers and DDP hold on to it. A copy, since products of tensors
+        # that lie where they happen to in a file, not aligned, may round otherwise.
+        stored.data = value.to(stored.device, stored.dtype, copy=True)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ...model.weights import Weight
 from ..part import Delta
 from .low_rank import add_back, base_product, branch_input, dropped, kept, plain
+from .saving import save, saved
 
 FEW = 8
 """Blocks up to which one product each is quicker than a batched one, which cannot add to the base's."""
@@ -131,13 +132,13 @@ class _BlockProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scale: float, survive: Tensor | None) -> Tensor:
         y, z = _product(x if survive is None else x * survive, a, b, scale)
         ctx.scale = scale
-        ctx.save_for_backward(x, survive, z, a, b)
+        save(ctx, x, survive, z, a, b)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, survive, z, a, b = ctx.saved_tensors
+        x, survive, z, a, b = saved(ctx)
         g = _sliced(gradients[0], len(a))
         gb = (g @ b.to(g.dtype)).mul_(ctx.scale)
         da = (gb.mT @ _sliced(x if survive is None else x * survive, len(a))).to(a.dtype)
@@ -179,13 +180,13 @@ class _BlockLinear(torch.autograd.Function):
         narrow = [part @ down.T for part, down in zip(branch_input(x, survive).chunk(n, 1), downs, strict=True)]
         for part, z, up in zip(rows.chunk(n, 1), narrow, ups, strict=True):
             part.addmm_(z, up.T, alpha=scale)
-        ctx.save_for_backward(x, survive, weight, a, b, *narrow)
+        save(ctx, x, survive, weight, a, b, *narrow)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, survive, weight, a, b, *narrow = ctx.saved_tensors
+        x, survive, weight, a, b, *narrow = saved(ctx)
         g = gradients[0].reshape(-1, gradients[0].shape[-1])
         downs, ups = _blocks(a.to(g.dtype), b.to(g.dtype), ctx.ranks)
         n = len(downs)

@@ -16,6 +16,7 @@ from torch.fft import irfft, rfft
 from ...model.weights import Weight
 from .effective import Built
 from .low_rank import dropped, kept, plain
+from .saving import save, saved
 
 
 class Circulant(Built):
@@ -112,13 +113,13 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, scale: float, survive: Tensor | None) -> Tensor:
         ctx.scale = scale
-        ctx.save_for_backward(x, w, survive)
+        save(ctx, x, w, survive)
         return _forward(x if survive is None else x * survive, w, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, w, survive = ctx.saved_tensors
+        x, w, survive = saved(ctx)
         b = w.shape[-1]
         g = rfft(_blocks(gradients[0], b) * ctx.scale)
         dx = dw = None

@@ -18,6 +18,7 @@ from ..part import Delta
 from .low_rank import add_back, base_product, branch_input, dropped, kept, narrow_gradient, plain
 from .made import constant
 from .output import gain_gradient, gained
+from .saving import save, saved
 
 
 class Decomposed(Delta):
@@ -119,13 +120,13 @@ class _TurnedLinear(torch.autograd.Function):
         rows.addmm_(z, b.to(x.dtype).T, alpha=scale)
         ctx.scale = scale
         direction, out = gained(ctx, y, (magnitude / norms).to(x.dtype), bias)
-        ctx.save_for_backward(x, survive, z, direction, out, weight, a, b, magnitude, norms)
+        save(ctx, x, survive, z, direction, out, weight, a, b, magnitude, norms)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, survive, z, direction, out, weight, a, b, magnitude, norms = ctx.saved_tensors
+        x, survive, z, direction, out, weight, a, b, magnitude, norms = saved(ctx)
         dm = gain_gradient(ctx, gradients[0], out, magnitude)
         if dm is None:
             if direction is None:
@@ -188,14 +189,14 @@ class _Turn(torch.autograd.Function):
         rows = out.view(direction.shape)
         gain = (magnitude / norms).to(x.dtype)
         ctx.scale = scale
-        ctx.save_for_backward(x, survive, z, direction, a, b, magnitude, norms)
+        save(ctx, x, survive, z, direction, a, b, magnitude, norms)
         torch.mul(direction, gain, out=rows)
         return out if bias is None else out.add_(bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, survive, z, direction, a, b, magnitude, norms = ctx.saved_tensors
+        x, survive, z, direction, a, b, magnitude, norms = saved(ctx)
         dm = _magnitude_gradient(gradients[0], direction, magnitude, norms)
         g, gz, da, db = _turned_gradients(ctx, gradients[0], x, survive, z, a, b, magnitude, norms)
         dx = None

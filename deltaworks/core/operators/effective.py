@@ -18,6 +18,7 @@ from ...model.weights import Weight
 from ..part import Delta, trainable
 from .low_rank import base_product, unwrapped
 from .products import over_rows
+from .saving import save, saved
 
 
 class Built(Delta):
@@ -105,13 +106,13 @@ class _EffectiveLinear(torch.autograd.Function):
         weight = _fold(layer, deltas) if delta is None else delta.built(Weight(layer).matrix())
         weight, trains = weight.to(x.dtype), any(ctx.needs_input_grad[4:])
         lasts = delta is not None and delta.costly and trains and 2 * weight.numel() <= x.numel()
-        ctx.save_for_backward(x if trains else None, weight if lasts and ctx.needs_input_grad[0] else None)
+        save(ctx, x if trains else None, weight if lasts and ctx.needs_input_grad[0] else None)
         return base_product(x, weight, bias)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
+        x, weight = saved(ctx)
         g = gradients[0]
         parameters, dbias = ctx.parameters, None
         if ctx.needs_input_grad[1]:

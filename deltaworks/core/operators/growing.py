@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from ..part import heard
 from .low_rank import Factored, convolved
 from .products import over_rows
+from .saving import save, saved
 from .triplet import Triplet
 
 CHUNK = 1 << 20
@@ -91,13 +92,13 @@ class _Observed(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, delta: Growing) -> Tensor:
         ctx.delta = delta
         ctx.mark_dirty(y)
-        ctx.save_for_backward(x)
+        save(ctx, x)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (x,) = ctx.saved_tensors
+        (x,) = saved(ctx)
         if ctx.delta.watch is not None:
             g = gradients[0].reshape(-1, gradients[0].shape[-1])
             x = x.reshape(-1, x.shape[-1]).to(g.dtype)  # under autocast a layer reads more precisely than it computes

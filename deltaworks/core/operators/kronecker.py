@@ -13,6 +13,7 @@ from .low_rank import base_product, plain
 from .products import over_batch
 from .recompute import recomputed
 from .row_dropout import RowDropout
+from .saving import save, saved
 
 
 class Kronecker(RowDropout):
@@ -114,7 +115,7 @@ class _KroneckerLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor, second: Tensor, scale: float
     ) -> Tensor:
         ctx.scale = scale
-        ctx.save_for_backward(x, weight, first, second)
+        save(ctx, x, weight, first, second)
         y, rows = base_product(x, weight, bias)
         half = _halfway(x, first, second)
         if _first_first(first.shape, second.shape):
@@ -127,7 +128,7 @@ class _KroneckerLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, weight, first, second = ctx.saved_tensors
+        x, weight, first, second = saved(ctx)
         (o1, i1), (o2, i2) = first.shape, second.shape
         g = gradients[0].reshape(-1, o1 * o2)
         half = _halfway(x, first, second)

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ...model.weights import Weight, is_ordinary
 from ..part import Delta
+from .saving import save, saved
 
 FEW = 1 << 16
 """Elements of a layer's input and output up to which, on a CPU, products with thin factors are made in the factors'
@@ -358,15 +359,14 @@ class _LowRankLinear(torch.autograd.Function):
         add_up(rows, z, b.T, scale)
         ctx.scale, ctx.needed = scale, (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:5])
         need_x, need_a, need_b = ctx.needed
-        ctx.save_for_backward(
-            x if need_a else None, survive if need_a or need_x else None, z if need_b else None, weight, shift, a, b
-        )
+        survive = survive if need_a or need_x else None
+        save(ctx, x if need_a else None, survive, z if need_b else None, weight, shift, a, b)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, survive, z, weight, shift, a, b = ctx.saved_tensors
+        x, survive, z, weight, shift, a, b = saved(ctx)
         g = gradients[0].reshape(-1, gradients[0].shape[-1])
         gb, da, db = branch_gradients(ctx, g, x, survive, z, a, b)
         dx = None
@@ -394,13 +394,13 @@ class _Lowered(torch.autograd.Function):
         z = x.reshape(-1, x.shape[-1]) @ a.T
         ctx.scale, ctx.shape = scale, x.shape[:-1]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x if any(ctx.needs_input_grad[2:]) else None, *factors)
+        save(ctx, x if any(ctx.needs_input_grad[2:]) else None, *factors)
         return x, *z.split([len(factor) for factor in factors], dim=1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        x, *factors = ctx.saved_tensors
+        x, *factors = saved(ctx)
         dx, *parts = gradients
         known = next((part for part in parts if part is not None), None)
         if known is None:
@@ -462,13 +462,13 @@ class _LowRankAdd(torch.autograd.Function):
         ctx.mark_dirty(y)
         ctx.scale, ctx.needed = scale, ctx.needs_input_grad[1:4]
         need_x, need_a, need_b = ctx.needed
-        ctx.save_for_backward(x if need_a else None, survive if need_a or need_x else None, z if need_b else None, a, b)
+        save(ctx, x if need_a else None, survive if need_a or need_x else None, z if need_b else None, a, b)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, survive, z, a, b = ctx.saved_tensors
+        x, survive, z, a, b = saved(ctx)
         g = gradients[0].reshape(-1, gradients[0].shape[-1])
         gb, da, db = branch_gradients(ctx, g, x, survive, z, a, b)
         dx = None

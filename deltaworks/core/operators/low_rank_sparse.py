@@ -26,6 +26,7 @@ from .low_rank import (
     plain,
 )
 from .products import over_rows
+from .saving import save, saved
 
 CHUNK = 1 << 22
 """Values gathered, or of a product, at a time."""
@@ -218,16 +219,15 @@ class _SparseLinear(torch.autograd.Function):
         if a is not None and b is not None:
             z = branch_input(x, survive) @ a.to(x.dtype).T
             rows.addmm_(z, b.to(x.dtype).T, alpha=branch_scale)
-        ctx.save_for_backward(
-            x if ctx.needs_input_grad[3] or need_a else None, survive if need_a or need_x else None,
-            z if need_b else None, weight, values, index, mask, a, b,
-        )  # fmt: skip
+        needed = x if ctx.needs_input_grad[3] or need_a else None
+        survive = survive if need_a or need_x else None
+        save(ctx, needed, survive, z if need_b else None, weight, values, index, mask, a, b)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, survive, z, weight, values, index, mask, a, b = ctx.saved_tensors
+        x, survive, z, weight, values, index, mask, a, b = saved(ctx)
         g = gradients[0].reshape(-1, ctx.fan_out)
         dx = dv = gb = da = db = None
         if a is not None:

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .effective import Built
 from .low_rank import Factored, add_back, base_product, branch_input, kept, narrow_gradient, plain
 from .products import in_rows, over_rows
+from .saving import save, saved
 
 
 class Made(Factored, Built):
@@ -91,7 +92,8 @@ class _MadeLinear(torch.autograd.Function):
         rows.addmm_(z, b.T, alpha=scale)
         ctx.part, ctx.scale = part, scale
         need = any(ctx.needs_input_grad[6:])
-        ctx.save_for_backward(
+        save(
+            ctx,
             x if need and part.train_a else None,
             survive if (need and part.train_a) or ctx.needs_input_grad[0] else None,
             z if need and part.train_b else None,
@@ -103,7 +105,7 @@ class _MadeLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, survive, z, weight, *kept_sources = ctx.saved_tensors
+        x, survive, z, weight, *kept_sources = saved(ctx)
         g = gradients[0].reshape(-1, gradients[0].shape[-1])
         wanted = ctx.needs_input_grad[6:]
         with torch.enable_grad():

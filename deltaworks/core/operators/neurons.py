@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from ...model.weights import Weight
 from ..part import Delta
 from .low_rank import base_product
+from .saving import save, saved
 
 
 class Neurons(Delta):
@@ -80,13 +81,13 @@ class _Rows(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, d: Tensor, index: Tensor) -> Tensor:
         y, rows = base_product(x, weight, bias)
         rows.index_add_(-1, index, x.reshape(-1, x.shape[-1]) @ d.to(x.dtype).T)
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, d, index)
+        save(ctx, x if ctx.needs_input_grad[3] else None, weight, d, index)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, weight, d, index = ctx.saved_tensors
+        x, weight, d, index = saved(ctx)
         g = gradients[0].reshape(-1, gradients[0].shape[-1])
         chosen = g.index_select(-1, index)
         dd = (chosen.T @ x.reshape(-1, x.shape[-1])).to(d.dtype) if x is not None else None

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .saving import save, saved
+
 
 def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """`function(*tensors)`, computed a second time when gradients are asked for.
@@ -27,7 +29,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.function = function
         device = tensors[0].device.type
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        ctx.save_for_backward(*tensors)
+        save(ctx, *tensors)
         # Detached, since matmul chooses its kernel by what requires a gradient: frozen must give the same bits.
         return function(*(tensor.detach() for tensor in tensors))
 
@@ -37,7 +39,7 @@ class _Recomputed(torch.autograd.Function):
         wanted = ctx.needs_input_grad[1:]
         device, dtype, enabled = ctx.autocast  # a backward pass runs outside the context that the forward ran in
         with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
-            tensors = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, wanted, strict=True)]
+            tensors = [t.detach().requires_grad_(need) for t, need in zip(saved(ctx), wanted, strict=True)]
             result = ctx.function(*tensors)
         given = iter(torch.autograd.grad(result, [t for t in tensors if t.requires_grad], gradients[0]))
         return None, *(next(given) if need else None for need in wanted)

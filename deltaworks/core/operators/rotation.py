@@ -20,6 +20,7 @@ from ...model.weights import Weight
 from ..part import Delta
 from .low_rank import base_product, plain
 from .recompute import recomputed
+from .saving import save, saved
 from .turning import joined, turned_blocks, turned_linear
 
 
@@ -103,13 +104,13 @@ class _ReflectedLinear(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         z = flat @ u
         ctx.part = part
-        ctx.save_for_backward(x if ctx.needs_input_grad[4] else None, z, weight, raw, exact_core)
+        save(ctx, x if ctx.needs_input_grad[4] else None, z, weight, raw, exact_core)
         return base_product(torch.addmm(flat, z @ core, u.T, alpha=-1).view(x.shape), weight, bias)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, z, weight, raw, exact_core = ctx.saved_tensors
+        x, z, weight, raw, exact_core = saved(ctx)
         g = gradients[0].reshape(-1, gradients[0].shape[-1])
         with torch.enable_grad():
             raw = raw.detach().requires_grad_(ctx.part.orthogonal)
@@ -205,7 +206,8 @@ class BlockRotation(Rotation):
         if not plain(self, x) or weight.dtype != x.dtype:
             return None
         blocks, spare = self.width // self.block, _spared(self, len(self.k))
-        r = recomputed(lambda k: joined(_without(self._rotations(k), spare).to(x.dtype), blocks), self.k)
+        dtype = x.dtype  # not x itself, which the function would keep
+        r = recomputed(lambda k: joined(_without(self._rotations(k), spare).to(dtype), blocks), self.k)
         return turned_linear(x, weight, bias, r)
 
 
@@ -286,7 +288,8 @@ class Butterfly(Rotation):
             return None
         blocks = self.p.shape[1]
         spare = _spared(self, blocks)
-        r = recomputed(lambda p: joined(_without(self._rotations(p[0]), spare).to(x.dtype), blocks), self.p)
+        dtype = x.dtype  # not x itself, which the function would keep
+        r = recomputed(lambda p: joined(_without(self._rotations(p[0]), spare).to(dtype), blocks), self.p)
         return turned_linear(x, weight, bias, r, self.s)
 
     def around(self, call: Callable[[Tensor], Tensor], x: Tensor, weight: Weight) -> Tensor | None:

@@ -19,6 +19,7 @@ from ...model.weights import Weight
 from ..part import Delta, frozen
 from .low_rank import base_product, branch_input, dropped, kept, plain
 from .recompute import recomputed
+from .saving import save, saved
 
 
 class Square(Delta):
@@ -191,7 +192,7 @@ class _SquareLinear(torch.autograd.Function):
         survive: Tensor | None,
     ) -> Tensor:
         ctx.scale, ctx.made_of = scale, made_of
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, survive, weight, m)
+        save(ctx, x if ctx.needs_input_grad[3] else None, survive, weight, m)
         blocks = made_of(m.detach(), x.dtype)
         pieces = _cut(branch_input(x, survive), blocks)
         made = torch.bmm(pieces, blocks).transpose(0, 1).flatten(1)
@@ -204,7 +205,7 @@ class _SquareLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, survive, weight, m = ctx.saved_tensors
+        x, survive, weight, m = saved(ctx)
         with torch.enable_grad():
             m = m.detach().requires_grad_()
             traced = ctx.made_of(m, gradients[0].dtype)

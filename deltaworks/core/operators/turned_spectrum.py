@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from ...model.weights import Weight
 from .low_rank import base_product, plain
 from .products import over_batch
+from .saving import save, saved
 from .singular import Singular
 
 
@@ -159,7 +160,7 @@ class _TurnedLinear(torch.autograd.Function):
         vectors: Callable[[], tuple[Tensor, Tensor]],
     ) -> Tensor:
         ctx.vectors = vectors
-        ctx.save_for_backward(x, weight, c, q1, inner)
+        save(ctx, x, weight, c, q1, inner)
         vh, u = (tensor.to(x.dtype) for tensor in vectors())
         read = _two_turns(x, q1, inner)[1]
         y, rows = base_product(read.view(x.shape), weight, bias)
@@ -169,7 +170,7 @@ class _TurnedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, weight, c, q1, inner = ctx.saved_tensors
+        x, weight, c, q1, inner = saved(ctx)
         g = gradients[0].reshape(-1, gradients[0].shape[-1])
         vh, u = (tensor.to(g.dtype) for tensor in ctx.vectors())
         half, read = _two_turns(x, q1, inner)

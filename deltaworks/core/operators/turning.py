@@ -10,9 +10,12 @@ from torch.autograd.function import once_differentiable
 
 from .low_rank import base_product
 from .output import gain_gradient, gained
+from .saving import save, saved
 
 WORTHWHILE = 32
 """Side of a block from which on products of single blocks are fast."""
+STRIP = 1024
+"""Rows that a CPU turns at a time."""
 
 
 def joined(r: Tensor, blocks: int) -> Tensor:
@@ -60,19 +63,19 @@ class _TurnedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, r: Tensor, s: Tensor | None) -> Tensor:
-        kept = x if ctx.needs_input_grad[3] or ctx.needs_input_grad[4] else None
+        needed = x if ctx.needs_input_grad[3] or ctx.needs_input_grad[4] else None
         turned = _turned(x, r)
         if s is None:
-            ctx.save_for_backward(kept, weight, r, s, None, None)
+            save(ctx, needed, weight, r, s, None, None)
             return base_product(turned, weight, bias)[0]
         y, _ = base_product(turned, weight, None)
-        ctx.save_for_backward(kept, weight, r, s, *gained(ctx, y, s.to(x.dtype), bias, ctx.needs_input_grad[4]))
+        save(ctx, needed, weight, r, s, *gained(ctx, y, s.to(x.dtype), bias, ctx.needs_input_grad[4]))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, weight, r, s, plain, out = ctx.saved_tensors
+        x, weight, r, s, plain, out = saved(ctx)
         g = gradients[0].reshape(-1, gradients[0].shape[-1])
         ds = dr = dx = None
         if s is not None:
@@ -83,22 +86,38 @@ class _TurnedLinear(torch.autograd.Function):
                     ds = (plain * g).sum(0).to(s.dtype)
             g = g * s.to(g.dtype)
         pulled = g @ weight
-        b = r.shape[-1]
-        # Copies in which every block lies in one piece: products of many strided blocks are far slower than these.
-        pieces = pulled.view(-1, b) if len(r) == 1 else _pieces(pulled, b)
         if ctx.needs_input_grad[3]:
-            dr = (x.reshape(-1, b) if len(r) == 1 else _pieces(x, b)).mT @ pieces
-            dr = dr.view(r.shape)
+            x, dr = x.reshape(pulled.shape), r.new_zeros(r.shape, dtype=torch.promote_types(r.dtype, torch.float32))
+        for some in _strips(pulled):
+            pieces = _pieces(pulled[some], r)
+            if dr is not None:
+                dr += _pieces(x[some], r).mT @ pieces
+            if ctx.needs_input_grad[0]:
+                pulled[some] = (pieces @ r.mT).transpose(0, 1).reshape(-1, pulled.shape[1])
         if ctx.needs_input_grad[0]:
-            dx = pieces @ (r[0] if len(r) == 1 else r).mT
-            dx = (dx if len(r) == 1 else dx.transpose(0, 1)).reshape(*gradients[0].shape[:-1], -1)
-        return dx, None, None, dr, ds
+            dx = pulled.view(*gradients[0].shape[:-1], -1)
+        return dx, None, None, None if dr is None else dr.to(r.dtype), ds
 
 
 def _turned(x: Tensor, r: Tensor) -> Tensor:
-    return turned_blocks(x.unflatten(-1, (-1, r.shape[-1])), r).flatten(-2)
+    """`x R` of `... x in`, where nothing needs its gradient."""
+    rows = x.reshape(-1, x.shape[-1])
+    turned = torch.empty_like(rows)
+    for some in _strips(rows):
+        turned[some] = turned_blocks(rows[some].unflatten(-1, (-1, r.shape[-1])), r).flatten(-2)
+    return turned.view(x.shape)
 
 
-def _pieces(x: Tensor, b: int) -> Tensor:
-    """`blocks x tokens x b`, contiguous."""
-    return x.reshape(-1, x.shape[-1] // b, b).transpose(0, 1).contiguous()
+def _strips(rows: Tensor) -> list[slice]:
+    """Which rows to turn at a time: what their products need beside them, three copies, is as large as those only."""
+    step = STRIP if rows.device.type == "cpu" else max(len(rows), 1)
+    return [slice(low, low + step) for low in range(0, len(rows), step)]
+
+
+def _pieces(rows: Tensor, r: Tensor) -> Tensor:
+    """`rows x in`, as R's blocks read them, `blocks x rows x b`, or `1 x (rows blocks) x b` for all blocks alike.
+
+    Copied so that every block lies in one piece: products of many strided blocks are far slower.
+    """
+    b = r.shape[-1]
+    return rows.reshape(1, -1, b) if len(r) == 1 else rows.view(-1, rows.shape[1] // b, b).transpose(0, 1).contiguous()
