@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 MERGED_AT_ONCE = 1 << 20
 """Values of a parameter that a product of factors is added to at a time."""
+ALIGNED = 64
+"""Bytes whose multiples are the places where torch puts tensors on a CPU."""
 
 
 @dataclass
@@ -241,6 +243,10 @@ def _home(part: Part, model: nn.Module, site: Site) -> None:
         for tensor in (*child._parameters.values(), *child._buffers.values()):
             if tensor is not None and tensor.is_floating_point() and tensor.dtype != wanted:
                 tensor.data = tensor.data.to(wanted)
+            # A factor from a decomposition may lie in columns, one from a file at any byte. Products of the same values
+            # in another order or place may round otherwise, and what is loaded must compute what was saved.
+            if isinstance(tensor, nn.Parameter) and not (tensor.is_contiguous() and tensor.data_ptr() % ALIGNED == 0):
+                tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
 
 
 def _beside(model: nn.Module, site: Site) -> Tensor | None:

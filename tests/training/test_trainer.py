@@ -353,7 +353,7 @@ def test_a_checkpoint_keeps_what_callbacks_remember(tmp_path: Path) -> None:
 
 def test_only_the_model_is_an_adapter_that_can_be_loaded_and_nothing_to_resume_from(tmp_path: Path) -> None:
     trainer, tuned = made(
-        tmp_path, method=dw.LoRA(rank=2, b_lr_ratio=4.0), learning_rate=10.0, max_steps=6, eval_strategy="steps",
+        tmp_path, method=dw.LoRA(rank=2, b_lr_ratio=4.0), learning_rate=3.0, max_steps=6, eval_strategy="steps",
         eval_steps=1, save_steps=1, load_best_model_at_end=True, save_only_model=True,
     )  # fmt: skip
     trainer.train()

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .products import strips
+
 
 def gained(
     ctx: Any, y: Tensor, gain: Tensor, bias: Tensor | None, trains: bool = True
@@ -58,4 +60,8 @@ def gain_gradient(ctx: Any, g: Tensor, y: Tensor | None, gain: Tensor) -> Tensor
     """
     if y is None or ctx.writes._version != ctx.written or bool((gain == 0).any()):
         return None
-    return (g * y).reshape(-1, len(gain)).sum(0).to(gain.dtype) / gain
+    g, y = g.reshape(-1, len(gain)), y.reshape(-1, len(gain))
+    total = gain.new_zeros(len(gain), dtype=torch.promote_types(g.dtype, torch.float32))
+    for some in strips(g):
+        total += (g[some] * y[some]).sum(0)
+    return total.to(gain.dtype) / gain

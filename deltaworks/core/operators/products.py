@@ -5,6 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 TILE, STRIP = 32, 512
+SOME = 1024
+
+
+def strips(rows: Tensor) -> list[slice]:
+    """Which rows to go through at a time, where each is by itself: all at once, but on CPUs as many as the cache holds.
+
+    What is computed on the way is as large as those only.
+    """
+    step = SOME if rows.device.type == "cpu" else max(len(rows), 1)
+    return [slice(low, low + step) for low in range(0, len(rows), step)]
 
 
 def over_rows(a: Tensor, b: Tensor, *, any_order: bool = False) -> Tensor:

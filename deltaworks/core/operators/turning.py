@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .low_rank import base_product
 from .output import gain_gradient, gained
+from .products import strips
 from .saving import save, saved
 
 WORTHWHILE = 32
 """Side of a block from which on products of single blocks are fast."""
-STRIP = 1024
-"""Rows that a CPU turns at a time."""
 
 
 def joined(r: Tensor, blocks: int) -> Tensor:
@@ -64,54 +62,46 @@ class _TurnedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, r: Tensor, s: Tensor | None) -> Tensor:
         needed = x if ctx.needs_input_grad[3] or ctx.needs_input_grad[4] else None
-        turned = _turned(x, r)
-        if s is None:
-            save(ctx, needed, weight, r, s, None, None)
-            return base_product(turned, weight, bias)[0]
-        y, _ = base_product(turned, weight, None)
-        save(ctx, needed, weight, r, s, *gained(ctx, y, s.to(x.dtype), bias, ctx.needs_input_grad[4]))
+        y = _turned_product(x, weight, bias if s is None else None, r)
+        kept = (None, None) if s is None else gained(ctx, y, s.to(x.dtype), bias, ctx.needs_input_grad[4])
+        save(ctx, needed, weight, r, s, *kept)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, weight, r, s, plain, out = saved(ctx)
-        g = gradients[0].reshape(-1, gradients[0].shape[-1])
         ds = dr = dx = None
-        if s is not None:
-            if ctx.needs_input_grad[4]:
-                ds = gain_gradient(ctx, gradients[0], out, s)
-                if ds is None:
-                    plain = _turned(x, r).reshape(-1, x.shape[-1]) @ weight.T if plain is None else plain
-                    ds = (plain * g).sum(0).to(s.dtype)
-            g = g * s.to(g.dtype)
-        pulled = g @ weight
+        if ctx.needs_input_grad[4]:
+            ds = gain_gradient(ctx, gradients[0], out, s)
+            if ds is None:
+                plain = _turned_product(x, weight, None, r) if plain is None else plain
+                ds = (plain.view_as(gradients[0]) * gradients[0]).flatten(0, -2).sum(0).to(s.dtype)
+        g = gradients[0].reshape(-1, len(weight))
+        if ctx.needs_input_grad[0]:
+            dx = g.new_empty(*gradients[0].shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[3]:
-            x, dr = x.reshape(pulled.shape), r.new_zeros(r.shape, dtype=torch.promote_types(r.dtype, torch.float32))
-        for some in _strips(pulled):
-            pieces = _pieces(pulled[some], r)
+            x, dr = x.reshape(len(g), -1), r.new_zeros(r.shape, dtype=torch.promote_types(r.dtype, torch.float32))
+        for some in strips(g):
+            pieces = _pieces((g[some] if s is None else g[some] * s.to(g.dtype)) @ weight, r)
             if dr is not None:
                 dr += _pieces(x[some], r).mT @ pieces
-            if ctx.needs_input_grad[0]:
-                pulled[some] = (pieces @ r.mT).transpose(0, 1).reshape(-1, pulled.shape[1])
-        if ctx.needs_input_grad[0]:
-            dx = pulled.view(*gradients[0].shape[:-1], -1)
+            if dx is not None:
+                dx.view(len(g), -1)[some] = (pieces @ r.mT).transpose(0, 1).reshape(-1, weight.shape[1])
         return dx, None, None, None if dr is None else dr.to(r.dtype), ds
 
 
-def _turned(x: Tensor, r: Tensor) -> Tensor:
-    """`x R` of `... x in`, where nothing needs its gradient."""
-    rows = x.reshape(-1, x.shape[-1])
-    turned = torch.empty_like(rows)
-    for some in _strips(rows):
-        turned[some] = turned_blocks(rows[some].unflatten(-1, (-1, r.shape[-1])), r).flatten(-2)
-    return turned.view(x.shape)
-
-
-def _strips(rows: Tensor) -> list[slice]:
-    """Which rows to turn at a time: what their products need beside them, three copies, is as large as those only."""
-    step = STRIP if rows.device.type == "cpu" else max(len(rows), 1)
-    return [slice(low, low + step) for low in range(0, len(rows), step)]
+def _turned_product(x: Tensor, weight: Tensor, bias: Tensor | None, r: Tensor) -> Tensor:
+    """`(x R) W^T + bias`, where nothing needs its gradient."""
+    y = x.new_empty(*x.shape[:-1], len(weight))
+    rows, flat = y.view(-1, len(weight)), x.reshape(-1, x.shape[-1])
+    for some in strips(rows):
+        turned = turned_blocks(flat[some].unflatten(-1, (-1, r.shape[-1])), r).flatten(-2)
+        if bias is None:
+            torch.mm(turned, weight.T, out=rows[some])
+        else:
+            torch.addmm(bias, turned, weight.T, out=rows[some])
+    return y
 
 
 def _pieces(rows: Tensor, r: Tensor) -> Tensor:
