@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from functools import partial
 
@@ -69,6 +70,20 @@ def test_gradients_reach_every_trained_tensor_and_nothing_else(slug: str) -> Non
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
     for name, parameter in model.named_parameters():
         assert id(parameter) in trained or parameter.grad is None, name
+
+
+@every
+def test_a_loss_that_is_held_after_its_backward_pass_holds_no_activations(slug: str) -> None:
+    model, batch, tuned = adapted(slug)
+    gc.collect()
+    value = loss(model, batch)
+    value.backward()
+    tokens = batch["input_ids"].numel()
+    plain = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
+    own = {buffer.data_ptr() for buffer in model.buffers()} | {p.grad.data_ptr() for p in tuned.parameters()}
+    wide = [t for t in plain if t.numel() >= 8 * tokens and t.numel() % tokens == 0 and t.data_ptr() not in own]
+    assert not [tuple(tensor.shape) for tensor in wide]
+    assert value.requires_grad
 
 
 @every
