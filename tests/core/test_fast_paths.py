@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import deltaworks as dw
-from deltaworks.core.operators import decomposed, low_rank, rotation
+from deltaworks.core.operators import decomposed, low_rank, products, rotation
 from deltaworks.core.operators.products import in_rows, over_batch, over_rows
 from tests.methods.toys import attach, net, nudge, part, saved_shapes
 
@@ -61,6 +61,33 @@ def test_gradients_of_gains_from_the_kept_output(monkeypatch, method, in_place: 
         monkeypatch.setattr(module, "plain", lambda *_: False)
     expected = gradients(*gained(method, False, zero, **settings))
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, expected, strict=True))
+
+
+STRIPPED = {
+    "oft": (dw.OFT, {"block": 4}),
+    "oft, one block for all": (dw.OFT, {"block": 4, "share": True}),
+    "boft": (dw.BOFT, {"block": 4}),
+    "dora": (dw.DoRA, {"rank": 2}),
+}
+
+
+@pytest.mark.parametrize("name", STRIPPED)
+def test_rows_go_through_a_few_at_a_time(monkeypatch, name: str) -> None:
+    method, settings = STRIPPED[name]
+    model, x, tuned = gained(method, False, False, **settings)
+    whole = [model(x), *gradients(model, x, tuned)]
+    monkeypatch.setattr(products, "SOME", 3)
+    assert len(products.strips(x.flatten(0, 1))) == 4
+    parts = [model(x), *gradients(model, x, tuned)]
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(whole, parts, strict=True))
+
+
+@pytest.mark.parametrize("name", STRIPPED)
+def test_a_batch_of_nothing(name: str) -> None:
+    method, settings = STRIPPED[name]
+    model, x, tuned = gained(method, False, False, **settings)
+    found = [tensor for tensor in gradients(model, x[:0], tuned) if tensor is not None]
+    assert found[0].shape == (0, 5, 12) and len(found) > 1 and not any(tensor.any() for tensor in found)
 
 
 @pytest.mark.parametrize("method", [dw.DoRA, dw.BOFT])

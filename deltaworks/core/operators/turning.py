@@ -81,13 +81,14 @@ class _TurnedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = g.new_empty(*gradients[0].shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[3]:
-            x, dr = x.reshape(len(g), -1), r.new_zeros(r.shape, dtype=torch.promote_types(r.dtype, torch.float32))
+            dr = r.new_zeros(r.shape, dtype=torch.promote_types(r.dtype, torch.float32))
+            x = x.reshape(-1, x.shape[-1])
         for some in strips(g):
             pieces = _pieces((g[some] if s is None else g[some] * s.to(g.dtype)) @ weight, r)
             if dr is not None:
                 dr += _pieces(x[some], r).mT @ pieces
             if dx is not None:
-                dx.view(len(g), -1)[some] = (pieces @ r.mT).transpose(0, 1).reshape(-1, weight.shape[1])
+                dx.view(-1, weight.shape[1])[some] = (pieces @ r.mT).transpose(0, 1).reshape(-1, weight.shape[1])
         return dx, None, None, None if dr is None else dr.to(r.dtype), ds
 
 
