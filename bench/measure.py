@@ -74,16 +74,31 @@ def interleaved(
 
     Sides of `references` are measured again before every `every` others and at the end: among a hundred sides a repeat
     takes so long that the machine is another one by its end. Each sample carries its `turn`, for `nearest`.
+
+    An interrupt ends it with the repeats that are complete, if there are any; see `complete`.
     """
     samples: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     others = [name for name in sides if name not in references]
     order = [name for at in range(0, len(others), every) for name in (*references, *others[at : at + every])]
-    for turn, name in enumerate([*order * repeats, *references]):
-        if samples[name] and "error" in samples[name][0]:
-            continue
-        samples[name].append(take(module, sides[name], threads) | {"turn": turn})
-        print(f"  {turn} of {len(order) * repeats} {name}: {brief(samples[name][-1])}", file=sys.stderr, flush=True)
+    turn = 0
+    try:
+        for turn, name in enumerate([*order * repeats, *references]):
+            if samples[name] and "error" in samples[name][0]:
+                continue
+            samples[name].append(take(module, sides[name], threads) | {"turn": turn})
+            print(f"  {turn} of {len(order) * repeats} {name}: {brief(samples[name][-1])}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        whole = turn // len(order)
+        if not whole:
+            raise
+        print(f"interrupted: {whole} of {repeats} repeats are complete and kept", file=sys.stderr, flush=True)
+        return {name: [one for one in mine if one["turn"] < whole * len(order)] for name, mine in samples.items()}
     return samples
+
+
+def complete(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> int:
+    """The repeats of every side that did not fail; references may have more."""
+    return min((len(found) for found in samples.values() if "error" not in found[0]), default=0)
 
 
 def nearest(samples: Iterable[Mapping[str, Any]], references: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -116,6 +116,7 @@ def main() -> None:
             f"{side} {name}": common | SETTINGS[name] | {"side": side} for name in chosen for side in ("ours", "trl")
         }
         samples = interleaved("bench.run_worker", sides, options.repeats, options.threads)
+    options.repeats = measure.complete(samples)
     rows: dict[str, Any] = {name: {"missing": f"not measured: {missing}"} for name in options.settings}
     for name in chosen:
         ours, theirs = samples[f"ours {name}"], samples[f"trl {name}"]

@@ -225,6 +225,7 @@ def main() -> None:
     chosen = sides(settings, options.methods, options.alone)
     references = ("frozen", "full")
     samples = interleaved("bench.step_worker", chosen, options.repeats, options.threads, forked, references)
+    options.repeats = measure.complete(samples)
     found = rows(samples)
     means = {"time over PEFT's": _mean(found, "peft"), "saved bytes over PEFT's": _mean(found, "peft_saved")}
     means = {name: mean for name, mean in means.items() if mean is not None}

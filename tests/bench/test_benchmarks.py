@@ -35,6 +35,28 @@ def record(**given: Any) -> dict[str, Any]:
     return {"command": "python -m bench", "machine": machine(), "threads": 1, "repeats": 1, "shape": "tiny", **given}
 
 
+def test_an_interrupt_keeps_the_complete_repeats() -> None:
+    def until(last: int) -> dict[str, list[dict[str, Any]]]:
+        taken: list[int] = []
+
+        def take(*_: Any) -> dict[str, Any]:
+            if len(taken) == last:
+                raise KeyboardInterrupt
+            taken.append(0)
+            return {"seconds": 1.0}
+
+        return measure.interleaved("", {"base": {}, "a": {}, "b": {}}, 4, 1, take, ("base",), every=1)
+
+    found = until(10)  # a repeat measures the base, a, the base again, b
+    assert {name: [one["turn"] for one in mine] for name, mine in found.items()} == {
+        "base": [0, 2, 4, 6], "a": [1, 5], "b": [3, 7],
+    }  # fmt: skip
+    assert measure.complete(found) == 2
+    assert measure.complete(found | {"c": [{"error": "of some kind"}]}) == 2
+    with pytest.raises(KeyboardInterrupt):
+        until(3)
+
+
 @pytest.mark.parametrize("side", ["frozen", "full", "ours", "peft", "lycoris"])
 def test_a_step(side: str) -> None:
     settings = SIZE | {"side": side, "steps": 1, "batch": 2, "tokens": 8, "dtype": "bfloat16"}

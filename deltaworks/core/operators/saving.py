@@ -31,10 +31,10 @@ def _factors(x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     if x is None or x._version or type(x.grad_fn).__name__ != "MulBackward0":
         return x, None
     node: Any = x.grad_fn
-    saved = [getattr(getattr(node, f"_raw_saved_{name}", None), "data", None) for name in ("self", "other")]
-    for factor, (source, _) in zip(saved, node.next_functions, strict=True):
+    stored = [getattr(getattr(node, f"_raw_saved_{name}", None), "data", None) for name in ("self", "other")]
+    for factor, (source, _) in zip(stored, node.next_functions, strict=True):
         if not isinstance(factor, Tensor) or factor.grad_fn is None or factor.grad_fn is not source:
             return x, None
         if (factor.shape, factor.dtype, factor.device) != (x.shape, x.dtype, x.device):
             return x, None
-    return saved[0], saved[1]
+    return stored[0], stored[1]
