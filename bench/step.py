@@ -210,15 +210,15 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="wide")
     parser.add_argument("--methods", nargs="*")
     parser.add_argument("--alone", action="store_true", help="without PEFT's and LyCORIS's sides")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--warm", type=int, default=2, help="steps before those that are measured")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--warm", type=int, default=1, help="steps before those that are measured")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--layers", type=int, help="instead of the shape's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     freed = "whether the C library keeps what a step frees, as while `tune` trains, on every side"
-    parser.add_argument("--freed", choices=("kept", "returned"), default="returned", help=freed)
-    options = measure.chosen(parser, methods=["lora"], steps=2)
+    parser.add_argument("--freed", choices=("kept", "returned"), default="kept", help=freed)
+    options = measure.chosen(parser, methods=["lora"], tokens=128)
     names = ("steps", "warm", "batch", "tokens", "dtype", "freed")
     settings = SHAPES[options.shape] | {name: getattr(options, name) for name in names}
     settings |= {"layers": options.layers} if options.layers else {}

@@ -4,7 +4,8 @@ The base is the shipped decoder, the task its docstrings: 20 steps of 4 rows, ev
 own learning rate, rank 8 where the default is more, the same rows in the same order for all methods of a seed. The
 loss is that of the same held-out completions. Each run's figures are kept in `docs/budget.json` as they come, so that
 an interrupted call goes on where it stopped; `--again SLUG ...` throws a method's figures away, `--again` alone those
-of every method's first seed, with which costs are measured.
+of every method's first seed, with which costs are measured; `--costs` measures only those again, but for the stored
+bytes, which a run must end for.
 """
 
 from __future__ import annotations
@@ -75,18 +76,20 @@ def of(slug: str) -> Any:
     return dw.method(slug, **chosen, **({"dropout": 0.0} if "dropout" in fields else {}))
 
 
-def run(slug: str, seed: int, work: Work) -> dict[str, Any]:
-    """One run: final loss, and for the first seed what the method costs."""
+def begun(slug: str, seed: int, work: Work) -> tuple[nn.Module, Any]:
+    """A copy of the base with the method attached."""
     torch.manual_seed(seed)
     model, method = copy.deepcopy(work.model), of(slug)
-    batches = work.batches(seed)
     data = [next(work.batches(1000 + seed)) for _ in range(2)] if method.needs_data else None
-    tuned = dw.attach(model, method, data=data, seed=seed)
-    result: dict[str, Any] = {}
-    if seed == 0:
-        result = costs(model, tuned, next(work.batches(0)), work)
-    rate = method.default_lr
-    optimizer = torch.optim.AdamW(tuned.parameter_groups(rate))
+    return model, dw.attach(model, method, data=data, seed=seed)
+
+
+def run(slug: str, seed: int, work: Work) -> dict[str, Any]:
+    """One run: final loss, and for the first seed what the method costs."""
+    model, tuned = begun(slug, seed, work)
+    batches = work.batches(seed)
+    result = costs(model, tuned, work) if seed == 0 else {}
+    optimizer = torch.optim.AdamW(tuned.parameter_groups(tuned.method.default_lr))
     rules = tuned.run(STEPS, seed=seed, optimizer=optimizer)
     rules.emit("attached")
     model.train()
@@ -102,8 +105,9 @@ def _loss(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     return model(**batch).loss
 
 
-def costs(model: nn.Module, tuned: Any, batch: dict[str, Any], work: Work) -> dict[str, Any]:
+def costs(model: nn.Module, tuned: Any, work: Work) -> dict[str, Any]:
     """Parameters, and bytes kept for backward per token beyond the frozen base's, as training begins."""
+    batch = next(work.batches(0))
     frozen = copy.deepcopy(work.model).requires_grad_(False)
     embedded = frozen.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
     rest = {key: value for key, value in batch.items() if key != "input_ids"}
@@ -169,6 +173,7 @@ def main() -> None:
     """Run what is missing and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--again", nargs="*")
+    parser.add_argument("--costs", action="store_true")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     record: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {"runs": {}}
@@ -186,6 +191,10 @@ def main() -> None:
                 record["runs"][slug][str(seed)] = run(slug, seed, work)
                 print(slug, seed, record["runs"][slug][str(seed)], flush=True)
                 RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    if options.costs:
+        for slug in slugs:
+            record["runs"][slug]["0"] |= costs(*begun(slug, 0, work), work)
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")
     PAGE.write_text(page(record))
 
 
