@@ -63,7 +63,7 @@ def main() -> None:
     sides = {side: settings | {"side": side} for side in ("ours", "peft")}
     samples = interleaved("bench.finished_worker", sides, options.repeats, options.threads, forked)
     record = measure.record(
-        "finished", options, shape=options.shape, settings=settings, rows=rows_of(samples), samples=samples
+        "finished", options, samples, shape=options.shape, settings=settings, rows=rows_of(samples)
     )
     write(options.name, record, table(record))
     picture.finished(record, RESULTS / f"{options.name}.png")

@@ -95,7 +95,7 @@ def main() -> None:
         f"{side} {name}": point | common | {"side": side} for name, point in labels.items() for side in ("ours", "peft")
     }
     samples = interleaved("bench.growth_worker", sides, options.repeats, options.threads, forked)
-    record = measure.record("growth", options, settings=SIZE | common, rows=rows_of(found, samples), samples=samples)
+    record = measure.record("growth", options, samples, settings=SIZE | common, rows=rows_of(found, samples))
     write(options.name, record, table(record))
     picture.growth(record, RESULTS / f"{options.name}.png")
 

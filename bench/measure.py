@@ -159,14 +159,17 @@ def chosen(parser: argparse.ArgumentParser, **small: Any) -> argparse.Namespace:
     return options
 
 
-def record(benchmark: str, options: argparse.Namespace, **found: Any) -> dict[str, Any]:
-    """What is kept of a benchmark: how it was made, then what it found."""
+def record(
+    benchmark: str, options: argparse.Namespace, samples: Mapping[str, Sequence[Mapping[str, Any]]], **found: Any
+) -> dict[str, Any]:
+    """What is kept of a benchmark: how it was made, what it found, and the samples as `interleaved` took them."""
     return {
         "command": " ".join([f"python -m bench --only {benchmark}", *sys.argv[1:]]),
         "machine": machine(),
         "threads": options.threads,
-        "repeats": options.repeats,
+        "repeats": complete(samples),
         **found,
+        "samples": samples,
     }
 
 

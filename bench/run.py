@@ -116,7 +116,6 @@ def main() -> None:
             f"{side} {name}": common | SETTINGS[name] | {"side": side} for name in chosen for side in ("ours", "trl")
         }
         samples = interleaved("bench.run_worker", sides, options.repeats, options.threads)
-    options.repeats = measure.complete(samples)
     rows: dict[str, Any] = {name: {"missing": f"not measured: {missing}"} for name in options.settings}
     for name in chosen:
         ours, theirs = samples[f"ours {name}"], samples[f"trl {name}"]
@@ -127,7 +126,7 @@ def main() -> None:
         }
     settings = {key: value for key, value in common.items() if key not in PATHS} | {"rows": options.rows}
     record = measure.record(
-        "run", options, shape=options.shape, settings=settings, goals=GOALS, rows=rows, samples=samples
+        "run", options, samples, shape=options.shape, settings=settings, goals=GOALS, rows=rows
     )
     write(options.name, record, table(record))
     picture.run(record, RESULTS / f"{options.name}.png")

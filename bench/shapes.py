@@ -63,9 +63,8 @@ def main() -> None:
     }
     flat = {f"{name} @ {label}": one for label, part in chosen.items() for name, one in part.items()}
     taken = interleaved("bench.step_worker", flat, options.repeats, options.threads, forked)
-    samples = {label: {name: taken[f"{name} @ {label}"] for name in part} for label, part in chosen.items()}
-    found = {label: rows(part) for label, part in samples.items()}
-    record = measure.record("shapes", options, rows=found, samples=samples)
+    found = {label: rows({name: taken[f"{name} @ {label}"] for name in part}) for label, part in chosen.items()}
+    record = measure.record("shapes", options, taken, rows=found)
     write(options.name, record, table(record))
     picture.shapes(record, RESULTS / f"{options.name}.png")
 

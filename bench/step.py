@@ -225,12 +225,11 @@ def main() -> None:
     chosen = sides(settings, options.methods, options.alone)
     references = ("frozen", "full")
     samples = interleaved("bench.step_worker", chosen, options.repeats, options.threads, forked, references)
-    options.repeats = measure.complete(samples)
     found = rows(samples)
     means = {"time over PEFT's": _mean(found, "peft"), "saved bytes over PEFT's": _mean(found, "peft_saved")}
     means = {name: mean for name, mean in means.items() if mean is not None}
     record = measure.record(
-        "step", options, shape=options.shape, settings=settings, rows=found, geometric_means=means, samples=samples
+        "step", options, samples, shape=options.shape, settings=settings, rows=found, geometric_means=means
     )
     write(options.name, record, table(record))
     picture.step(record, RESULTS / f"{options.name}.png")
