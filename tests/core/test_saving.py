@@ -100,11 +100,8 @@ def test_hooks_that_store_something_else_are_left_to_it(kept: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def factors(x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    return saving._factors(x)
-
-
 def test_only_a_product_of_two_tensors_alike_that_nobody_wrote_to() -> None:
+    factors = saving._factors
     a, b = (torch.randn(3, 4, requires_grad=True).exp() for _ in range(2))
     first, second = factors(a * b)
     assert first is not None and second is not None
@@ -134,7 +131,7 @@ def test_only_a_product_of_two_tensors_alike_that_nobody_wrote_to() -> None:
     gone = a * b
     gone.sum().backward()
     assert factors(gone)[0] is gone, "its graph has let go of the factors"
-    assert factors(None) == (None, None)  # type: ignore[arg-type]
+    assert factors(None) == (None, None)
 
 
 def test_a_second_backward_pass_multiplies_again() -> None:

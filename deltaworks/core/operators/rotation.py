@@ -197,7 +197,7 @@ class BlockRotation(Rotation):
 
     def turned(self, x: Tensor, *, back: bool = False, spare: Tensor | None = None) -> Tensor:
         r = _without(self.rotations(), spare).to(x.dtype)
-        return turned_blocks(x.unflatten(-1, (-1, self.block)), r.mT if back else r).flatten(-2)
+        return turned_blocks(x, r.mT if back else r)
 
     def around(self, call: Callable[[Tensor], Tensor], x: Tensor, weight: Weight) -> Tensor | None:
         return call(self.turned(x, spare=_spared(self, len(self.k))))
@@ -301,7 +301,7 @@ class Butterfly(Rotation):
 def _stage(x: Tensor, r: Tensor, i: int) -> Tensor:
     half = r.shape[-1] // 2
     if i == 0:
-        return turned_blocks(x.unflatten(-1, (-1, r.shape[-1])), r).flatten(-2)
+        return turned_blocks(x, r)
     paired = x.unflatten(-1, (-1, 2, 2**i, half)).transpose(-3, -2)
-    done = turned_blocks(paired.flatten(-2).flatten(-3, -2), r)
-    return done.unflatten(-2, (-1, 2**i)).unflatten(-1, (2, half)).transpose(-3, -2).flatten(-4)
+    done = turned_blocks(paired.flatten(-4), r)
+    return done.unflatten(-1, (-1, 2**i, 2, half)).transpose(-3, -2).flatten(-4)

@@ -36,9 +36,9 @@ def joined(r: Tensor, blocks: int) -> Tensor:
 
 
 def turned_blocks(x: Tensor, r: Tensor) -> Tensor:
-    """`x R` block by block: `... x blocks x b` by `blocks x b x b`, or by `1 x b x b` for all blocks alike."""
-    r = joined(r, x.shape[-2])
-    pieces = x.reshape(-1, x.shape[-2] * x.shape[-1] // r.shape[-1], r.shape[-1])
+    """`x R` block by block: `... x in` by `blocks x b x b`, or by `1 x b x b` for all blocks alike."""
+    r = joined(r, x.shape[-1] // r.shape[-1])
+    pieces = x.reshape(-1, x.shape[-1] // r.shape[-1], r.shape[-1])
     turned = pieces @ r[0] if len(r) == 1 else torch.bmm(pieces.transpose(0, 1), r).transpose(0, 1)
     return turned.reshape(x.shape)
 
@@ -97,7 +97,7 @@ def _turned_product(x: Tensor, weight: Tensor, bias: Tensor | None, r: Tensor) -
     y = x.new_empty(*x.shape[:-1], len(weight))
     rows, flat = y.view(-1, len(weight)), x.reshape(-1, x.shape[-1])
     for some in strips(rows):
-        turned = turned_blocks(flat[some].unflatten(-1, (-1, r.shape[-1])), r).flatten(-2)
+        turned = turned_blocks(flat[some], r)
         if bias is None:
             torch.mm(turned, weight.T, out=rows[some])
         else:
